@@ -1,0 +1,101 @@
+"""The command line: one command with subcommands; what a subcommand needs is imported when it runs."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from clipmini import __version__
+from clipmini.errors import Interrupted, UserError, did_you_mean
+
+COMMANDS = {"train": "train a model; takes Hydra overrides, and --help for all keys and choices"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit code: 0 done, 2 something that the user can fix, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="clipmini",
+        description="Train CLIP-style image-text models.",
+        epilog="\n".join(f"  clipmini {name}  {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clipmini {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" | ".join(COMMANDS))
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="what the subcommand takes")
+    parsed = parser.parse_args(arguments)
+    try:
+        train_command(parsed.overrides)
+    except UserError as error:
+        print(f"clipmini: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clipmini: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train_command(overrides: list[str]) -> None:
+    """Compose the config with Hydra, which also sweeps (`--multirun`) and launches jobs, and train.
+
+    Raises:
+        UserError: overrides that do not fit the config.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from clipmini import config
+
+    # Before torch is loaded: on a CPU, threads that spin while they wait take the cores from the loader's workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Let Hydra raise: its own report prints stack traces and always exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["clipmini train", *overrides]
+    config.register()
+
+    composed = False
+
+    @hydra.main(version_base="1.3", config_path=str(config.CONFIG_DIR), config_name="train")
+    def run(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        from clipmini.train import train  # torch and Lightning: seconds that a typo should not cost
+
+        try:
+            train(cfg)
+        except (UserError, OmegaConfBaseException) as error:
+            # Exit here: Hydra would put its own lines around an exception of the job.
+            logging.getLogger("clipmini").error("clipmini: %s", explain(error))
+            sys.exit(2)
+        except Interrupted as stop:
+            logging.getLogger("clipmini").error("clipmini: %s", stop)
+            sys.exit(130)
+
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise  # ours, not an override that Hydra cannot read
+        raise UserError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """Tell an error of Hydra or OmegaConf in the words of the user's own keys."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
+        return f"unknown key {cause.full_key}{did_you_mean(str(cause.key), map(str, cause.parent_node))}"
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} has no value: give it one, as in {cause.full_key}=..."
+    if isinstance(cause, OmegaConfBaseException):
+        reason = str(cause.msg or cause).splitlines()[0]
+        return f"{cause.full_key}: {reason}" if cause.full_key and cause.full_key not in reason else reason
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        choices = ", ".join(sorted(error.options))
+        return f"no {choice!r} among the choices of {group}{did_you_mean(choice, error.options)}; there are: {choices}"
+    return str(error)

@@ -1,0 +1,166 @@
+"""Tiny real things: a model of a few thousand weights, tars of pictures from the embedded sample, real processes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+import webdataset
+from omegaconf import DictConfig
+from PIL import Image
+
+from clipmini import config
+from clipmini.data.augment import Augmentation
+
+SAMPLE = config.PACKAGE / "sample"
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+# What makes a run on the tiny model a matter of seconds.
+QUICK = (
+    "experiment=none",
+    "trainer=cpu",
+    "batch_size=16",
+    "steps=4",
+    "data.num_workers=0",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=1",
+    "checkpoint.every_n_steps=2",
+    "logger.tensorboard=null",
+)
+
+
+def make_augmentation(**changes: Any) -> Augmentation:
+    """Make an augmentation that crops and does nothing else, but for the changes."""
+    nothing = {
+        "scale": (0.5, 1.0),
+        "ratio": (0.75, 4 / 3),
+        "flip": 0.0,
+        "rotation": 0.0,
+        "translation": 0.0,
+        "zoom": (1.0, 1.0),
+        "shear": 0.0,
+        "fill": 255,
+        "color_jitter": None,
+        "color_jitter_probability": 1.0,
+        "grayscale_probability": 0.0,
+    }
+    return Augmentation(**{**nothing, **changes})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """Two threads each would fight over the cores with the processes that tests start."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model file of the tiny model."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def read_sample(shard: str, count: int) -> list[dict]:
+    """Read the first samples of a shard of the embedded sample."""
+    samples: dict[str, dict] = {}
+    with tarfile.open(SAMPLE / shard) as archive:
+        for member in archive:
+            key, extension = member.name.split(".", 1)
+            if key not in samples and len(samples) == count:
+                break
+            file = archive.extractfile(member)
+            assert file is not None
+            samples.setdefault(key, {"__key__": key})[extension] = file.read()
+    return list(samples.values())
+
+
+def write_tar(path: Path, samples: Sequence[dict]) -> Path:
+    """Write samples to a shard."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as stream, webdataset.TarWriter(stream, encoder=False) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of three tars with 30, 20 and 14 pictures as JPEG, and their captions."""
+    directory = tmp_path_factory.mktemp("shards")
+    samples = read_sample("train/noto-00000.tar", 64)
+    for sample in samples:
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(sample.pop("webp"))).save(buffer, "JPEG", quality=90)
+        sample["jpg"] = buffer.getvalue()
+    for name, part in (("a", samples[:30]), ("b", samples[30:50]), ("c", samples[50:])):
+        write_tar(directory / f"{name}.tar", part)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def classification_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 7 classes and 21 pictures in two shards, in CLIP_benchmark's layout."""
+    root = tmp_path_factory.mktemp("wds_seven")
+    samples = read_sample("wds_twemoji/test/0.tar", 21)
+    for number, sample in enumerate(samples):
+        sample["cls"] = str(number % 7).encode()
+    write_tar(root / "test/0.tar", samples[:13])
+    write_tar(root / "test/1.tar", samples[13:])
+    (root / "test/nshards.txt").write_text("2\n")
+    (root / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(7)))
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n{}\n")
+    return root
+
+
+@pytest.fixture
+def compose() -> Iterator[Callable[..., DictConfig]]:
+    """Compose the config of `clipmini train` from overrides."""
+    config.register()
+    with hydra.initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+        yield lambda *overrides: hydra.compose("train", list(overrides))
+
+
+def run_command(arguments: Sequence[str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a program with one thread in a directory, and return its output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        list(arguments), cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+    )
+
+
+def run_clipmini(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `python -m clipmini`."""
+    return run_command([sys.executable, "-m", "clipmini", *arguments], cwd)
+
+
+def in_processes(count: int, function: Callable, directory: Path, *arguments: object) -> list:
+    """Call function(*arguments) in so many gloo processes; return what each rank returned.
+
+    The function must be defined at the top of a module.
+    """
+    torch.multiprocessing.spawn(_process, (count, function, directory, arguments), nprocs=count)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _process(rank: int, count: int, function: Callable, directory: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(directory / "store"), count)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    try:
+        torch.save(function(*arguments), directory / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,132 @@
+"""The command as a user meets it: quick help, one clear message for what is wrong, nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, run_clipmini, write_tar
+
+from clipmini import cli
+
+
+def test_import_and_help_do_without_torch() -> None:
+    code = (
+        "import sys, clipmini, clipmini.cli\n"
+        "try: clipmini.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'pytorch_lightning', 'hydra', 'numpy'} & set(sys.modules), 'heavy import'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "clipmini train" in result.stdout
+
+
+def test_a_typo_is_told_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, clipmini.cli\n"
+        "assert clipmini.cli.main(['train', 'data.num_worker=1']) == 2\n"
+        "assert 'torch' not in sys.modules, 'heavy import'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stderr == "clipmini: unknown key data.num_worker (did you mean 'num_workers'?)\n"
+    assert not os.listdir(tmp_path)
+
+
+def main(*arguments: str) -> int:
+    """Run the command in this process and return its exit code."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+WRONG_OVERRIDES = [
+    ("nme=x", "unknown key nme (did you mean 'name'"),
+    ("trainer.max_epoch=3", "unknown key trainer.max_epoch"),
+    ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+    ("checkpoint.keep_last=x", "checkpoint.keep_last: Value 'x'"),
+    ("model=vit_tny", "no 'vit_tny' among the choices of model (did you mean 'vit_tiny'?); there are: "),
+    ("model=null", "Config group override must be a string or a list"),
+    ("seed", "Error parsing override 'seed'"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG_OVERRIDES)
+def test_wrong_overrides(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("train", override) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"clipmini: {message}"), error
+    assert "Traceback" not in error and not os.listdir(tmp_path)
+
+
+WRONG_VALUES = [
+    (["data.train=nowhere"], "data.train=nowhere: no shards found"),
+    (["data.train={no_pairs}"], "no picture-caption pairs in 1 shards, the first is "),
+    (["batch_size=65"], "batch_size=65 is larger than the data: data.train has 64 pairs"),
+    (["batch_size=0"], "batch_size=0: must be a positive multiple of the 1 processes"),
+    (["model.name=ViT-B32"], "model.name=ViT-B32: no such model (did you mean 'ViT-B-32'"),
+    (["model.pretrained=opnai"], "model.pretrained=opnai: neither a file nor a tag of "),
+    (["optimizer.lr=fast"], "optimizer.lr='fast' has the wrong type: expected float"),
+    (["optimizer.lr=-1"], "optimizer or schedule: Invalid learning rate: -1"),
+    (["+optimizer.momentum=1"], "unknown key optimizer.momentum"),
+    (["data.augmentation.flip=2"], "data.augmentation.flip=2 is out of range"),
+    (["loss.init_scale=1000"], "loss.init_scale=1000: must be from 1 to loss.max_scale=100"),
+    (["trainer=gpu"], "trainer.accelerator=gpu: torch sees no GPU here; trainer=cpu trains without one"),
+    (["trainer=ddp"], "trainer.strategy=ddp: several devices need a launcher, as in `torchrun"),
+    (["trainer.devices=2"], "trainer.devices=2: there are 1 processes a node; several devices need a launcher"),
+    (["trainer.precision=7"], "trainer: Precision 7 is invalid"),
+    (["+trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 would shrink the negatives"),
+    (["evaluation.datasets=[nowhere]"], "evaluation.datasets: nowhere is not a directory"),
+    (["steps=null", "epochs=null"], "steps=null and epochs=null: one of them must say how long to train"),
+    (["steps=0"], "steps=0, epochs=30.0: less than one step"),
+    (["steps=null", "epochs=0.01"], "steps=None, epochs=0.01: less than one step of batch_size=16"),
+    (["seed=-1"], "seed=-1: must be from 0 to 4294967295"),
+    (["micro_batch=0"], "micro_batch=0: must be from 1 to the 16 pairs of a process"),
+    (["data.train=???"], "data.train has no value: give it one, as in data.train=..."),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG_VALUES, ids=lambda value: "".join(value)[:40])
+def test_wrong_values(
+    overrides: list[str],
+    message: str,
+    shards: Path,
+    tiny_json: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    write_tar(tmp_path / "tars/x.tar", [{"__key__": "a", "mp3": b"x", "txt": b"x"}])
+    overrides = [override.format(no_pairs=tmp_path / "tars") for override in overrides]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert main("train", *QUICK, f"model.name={tiny_json}", f"data.train={shards}", "name=x", *overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("clipmini: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    written = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert [path.name for path in written] == ["train.log"]
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = run_clipmini("train", "model.name=ViT-B32", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.name=ViT-B32: no such model" in result.stderr and "Traceback" not in result.stdout + result.stderr
+
+
+def test_unknown_command() -> None:
+    assert main("trian") == 2
+
+
+def test_defects_of_our_own_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cfg: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clipmini.train.train", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        main("train")
