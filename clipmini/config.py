@@ -1,0 +1,167 @@
+"""Configuration: the schema of our own keys, where the yaml files lie, and the only place that instantiates."""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from clipmini.errors import UserError, did_you_mean
+
+PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the yaml files inside the package, a checkout beside it.
+CONFIG_DIR = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_n_steps: int = MISSING
+    keep_last: int = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    """What a trained model is judged by."""
+
+    datasets: list[str] = field(default_factory=list)
+    batch_size: int = MISSING
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; `run` is the directory of this run."""
+
+    sample: str = MISSING
+    output: str = MISSING
+    run: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """The keys of `clipmini train`; a group typed `dict` is checked against the signature of its `_target_`."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    batch_size: int = MISSING
+    micro_batch: int | None = MISSING
+    epochs: float | None = MISSING
+    steps: int | None = MISSING
+    image_size: int | None = MISSING
+    data: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    trainer: dict[str, Any] = MISSING
+    callbacks: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+def register() -> None:
+    """Make the schema and the `package:` resolver known to Hydra; must run before a config is composed."""
+    ConfigStore.instance().store("train_schema", TrainConfig)
+    OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE / name), replace=True)
+
+
+def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:
+    """Make the object that a node's `_target_` names.
+
+    Args:
+        cfg: the whole config, so that messages can name the full key.
+        key: where the node is, as in `callbacks.progress`.
+        runtime: what only the program knows (a model, the number of steps); wins over the node's own keys.
+
+    Raises:
+        UserError: a key that the target does not take, a value of the wrong type, or a package that is missing.
+    """
+    node = OmegaConf.select(cfg, key, throw_on_missing=True)
+    check_node(node, key, skip=runtime)
+    # As a partial first: Hydra would deep-copy what is passed to it, models and data sets too.
+    try:
+        factory = instantiate(node, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from error.__cause__
+    if node.get("_partial_"):
+        return functools.partial(factory, **runtime)
+    try:
+        return factory(**runtime)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key} needs a package that is not installed: {error}") from error
+
+
+def build_all(cfg: DictConfig, key: str, /) -> list[Any]:
+    """Make every object of a mapping of nodes, such as `callbacks`; a node set to null is left out."""
+    return [build(cfg, f"{key}.{name}") for name, node in OmegaConf.select(cfg, key).items() if node is not None]
+
+
+def check_node(node: DictConfig, key: str, skip: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+    """Compare a node's keys and values with the parameters of its `_target_` and their annotations.
+
+    Args:
+        node: a mapping with a `_target_`; nodes inside it that have one too are checked as well.
+        key: where it is in the config.
+        skip: parameters that the program sets itself.
+
+    Raises:
+        UserError: a target that cannot be imported, an unknown key, or a value of another type than annotated.
+    """
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # whatever the import of a module of the user's may raise
+        raise UserError(f"{key}._target_={node['_target_']} cannot be imported: {error}") from error
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(target.__init__ if inspect.isclass(target) else target))
+    except (NameError, TypeError):  # annotations that only a type checker can resolve
+        hints = {}
+    for name, value in ((str(name), value) for name, value in node.items()):
+        if name in ("_target_", "_partial_") or name in skip:
+            continue
+        if name not in parameters and not takes_any:
+            raise UserError(f"unknown key {key}.{name}{did_you_mean(name, parameters)}")
+        if OmegaConf.is_dict(value) and "_target_" in value:
+            check_node(value, f"{key}.{name}")
+        elif name in hints and not matches(value, hints[name]):
+            raise UserError(f"{key}.{name}={value!r} has the wrong type: expected {describe(hints[name])}")
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Say whether a value from yaml is of an annotated type; True for annotations that are no yaml type."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if hint is None or value is None:
+        return value is None and hint in (None, types.NoneType)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    if kind is float and not isinstance(value, bool):
+        return isinstance(value, int | float)
+    if issubclass(kind, Mapping):
+        return OmegaConf.is_dict(value)
+    if issubclass(kind, Sequence) and kind is not str:
+        return OmegaConf.is_list(value) and (not options or all(matches(item, options[0]) for item in value))
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def describe(hint: Any) -> str:
+    """Write an annotation as a user would say it."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

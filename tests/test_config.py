@@ -1,0 +1,170 @@
+"""Every yaml composes, resolves and builds; wrong keys and types are refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
+from pytorch_lightning.loggers import WandbLogger
+
+from clipmini import config, launch, train
+from clipmini.errors import UserError
+
+Compose = Callable[..., DictConfig]
+YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
+CHOICES = [f"{path.parent.name}={path.stem}" for path in YAMLS if path.parent != config.CONFIG_DIR]
+
+
+def test_every_group_has_choices() -> None:
+    groups = "callbacks data evaluation experiment hydra logger loss model optimizer paths schedule trainer"
+    assert {choice.split("=")[0] for choice in CHOICES} == set(groups.split())
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_yaml_opens_with_its_command(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ") and "clipmini train" in "".join(lines[:2])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice_composes_and_resolves(
+    choice: str, compose: Compose, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose(choice, f"data.train={shards}", f"paths.run={tmp_path}")
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict) and resolved["name"]
+    if choice.startswith("experiment="):
+        assert resolved["name"] == choice.removeprefix("experiment=").replace("none", "dev")
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.split("=")[0] not in ("hydra", "paths")])
+def test_choice_builds(
+    choice: str, compose: Compose, shards: Path, tiny_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    own_model = choice.startswith(("experiment=", "model="))
+    model = [] if own_model else [f"model.name={tiny_json}"]
+    own_data = choice == "experiment=sample"
+    data = [] if own_data else [f"data.train={shards}"]
+    cfg = compose(choice, "batch_size=64", f"paths.run={tmp_path}", *model, *data)
+    if choice == "trainer=gpu":  # this choice must stop on a machine without a GPU
+        cfg.trainer.accelerator = "cpu"
+
+    needs_launcher = choice in ("trainer=ddp", "trainer=multi_node")
+    processes = launch.Launch("torchrun" if needs_launcher else "none", 2 if needs_launcher else 1, 2, 0)
+    if needs_launcher:
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+    else:
+        processes = launch.Launch("none", 1, 1, 0)
+
+    module = train.build_module(cfg, {}, total_steps=10)
+    assert module.model.architecture["embed_dim"] == module.model.text_projection.shape[1]
+    assert config.build(cfg, "data", batch_size=64, seed=0).manifest.num_samples > 0
+    if choice == "logger=wandb" and not has_wandb():
+        with pytest.raises(UserError, match=r"logger.wandb needs .*wandb"):
+            train.build_trainer(cfg, processes, 10)
+        return
+    trainer = train.build_trainer(cfg, processes, 10)
+    assert trainer.max_steps == 10 and trainer.world_size == processes.world_size
+
+
+def has_wandb() -> bool:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        return False
+    return WandbLogger is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["seeed=3"], ConfigCompositionException),
+        (["data.num_worker=3"], ConfigCompositionException),
+        (["evaluation.batch_sizes=3"], ConfigCompositionException),
+        (["seed=abc"], ConfigCompositionException),
+        (["batch_size=1.5"], ConfigCompositionException),
+        (["checkpoint.keep_last=many"], ConfigCompositionException),
+        (["evaluation.datasets=7"], ConfigCompositionException),
+    ],
+)
+def test_own_keys_are_checked_when_composed(overrides: list[str], error: type, compose: Compose) -> None:
+    with pytest.raises(error):
+        compose(*overrides)
+
+
+def test_own_keys_of_a_file_are_checked(compose: Compose) -> None:
+    cfg = compose()
+    with pytest.raises(ValidationError, match="could not be converted to Integer"):
+        cfg.seed = "abc"
+
+
+class Thing:
+    """A target for the tests below."""
+
+    def __init__(self, *, number: float, names: list[str], mode: Literal["a", "b"] = "a", child: Any = None) -> None:
+        self.number, self.names, self.mode, self.child = number, names, mode, child
+
+
+THING = {"_target_": f"{__name__}.Thing", "number": 1, "names": ["x"]}
+
+
+def test_build_makes_plain_objects_and_passes_runtime_objects_through() -> None:
+    marker = object()
+    thing = config.build(OmegaConf.create({"a": {"thing": THING}}), "a.thing", child=marker)
+    assert thing.number == 1 and type(thing.names) is list
+    assert thing.child is marker
+
+
+def test_build_keeps_a_partial_open() -> None:
+    factory = config.build(OmegaConf.create({"thing": {**THING, "_partial_": True}}), "thing", mode="b")
+    assert factory(child=3).mode == "b" and factory(child=3).child == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nummber": 2}, r"unknown key thing\.nummber \(did you mean 'number'"),
+        ({"number": "two"}, r"thing\.number='two' has the wrong type: expected float"),
+        ({"number": True}, r"thing\.number=True has the wrong type"),
+        ({"number": None}, r"thing\.number=None has the wrong type"),
+        ({"names": "x"}, r"thing\.names='x' has the wrong type: expected list\[str\]"),
+        ({"names": ["x", 1]}, r"thing\.names=\['x', 1\] has the wrong type"),
+        ({"mode": "c"}, r"thing\.mode='c' has the wrong type"),
+        ({"_target_": "clipmini.nothing.at_all"}, r"thing\._target_=clipmini.nothing.at_all cannot be imported"),
+        ({"child": {**THING, "number": "x"}}, r"thing\.child\.number='x' has the wrong type"),
+    ],
+)
+def test_build_refuses_unknown_keys_and_wrong_types(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.build(OmegaConf.create({"thing": {**THING, **changes}}), "thing")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, int, True),
+        (1, float, True),
+        (1.0, int, False),
+        (True, int, False),
+        (True, bool, True),
+        (1, bool, False),
+        (None, int | None, True),
+        (None, str, False),
+        ("x", int | str, True),
+        ([1, 2], tuple[float, float], True),
+        (["a"], list[float], False),
+        ({"a": 1}, dict[str, float], True),
+        ({"a": 1}, list[str], False),
+        ("anything", Any, True),
+        (None, Any, True),
+    ],
+)
+def test_matches(value: Any, hint: Any, expected: bool) -> None:
+    if isinstance(value, dict | list):
+        value = OmegaConf.create(value)
+    assert config.matches(value, hint) is expected
