@@ -1,0 +1,155 @@
+"""What may happen to a training picture: a crop, a mirror image, an affine map, a linear map of its colours."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from clipmini.errors import UserError
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
+# RGB to luma and two chroma axes (YIQ, NTSC 1953): a change of hue is a rotation of the two.
+YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+FROM_YIQ = np.linalg.inv(YIQ)
+MID_GREY = 128.0
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random resized crop, flip, affine map and colour jitter, in that order, each drawn from the generator given.
+
+    Attributes:
+        scale: range of the crop's share of the picture's area.
+        ratio: range of the crop's width to height.
+        flip: probability of a mirror image.
+        rotation: largest angle, degrees.
+        translation: largest shift, as a share of the size.
+        zoom: range of a second scaling, about the centre.
+        shear: largest shear along x, degrees.
+        fill: grey level of what the affine map brings in from outside, 0 to 255.
+        color_jitter: largest relative change of brightness, of contrast (about mid grey) and of saturation, and largest
+            change of hue in turns; or null.
+        color_jitter_probability: how often colours are changed at all.
+        grayscale_probability: how often they are taken away.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    rotation: float
+    translation: float
+    zoom: tuple[float, float]
+    shear: float
+    fill: int
+    color_jitter: tuple[float, float, float, float] | None
+    color_jitter_probability: float
+    grayscale_probability: float
+
+    def __post_init__(self) -> None:
+        jitter = self.color_jitter or (0, 0, 0, 0)
+        shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability")
+        is_right = {
+            "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
+            "ratio": 0 < self.ratio[0] <= self.ratio[1],
+            "zoom": 0 < self.zoom[0] <= self.zoom[1],
+            "rotation": 0 <= self.rotation <= 180,
+            "shear": 0 <= self.shear < 90,
+            "fill": 0 <= self.fill <= 255,
+            "color_jitter": len(jitter) == 4 and 0 <= min(jitter) and max(jitter[:3]) <= 1 and jitter[3] <= 0.5,
+            **{name: 0 <= getattr(self, name) <= 1 for name in shares},
+        }
+        for name, right in is_right.items():
+            if not right:
+                raise UserError(f"data.augmentation.{name}={getattr(self, name)} is out of range")
+
+    def __call__(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        """Return a picture of size x size pixels."""
+        box = draw_crop(image.width, image.height, self.scale, self.ratio, rng)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        if rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.rotation or self.translation or self.shear or tuple(self.zoom) != (1.0, 1.0):
+            coefficients = affine_map(
+                size,
+                rotation=rng.uniform(-self.rotation, self.rotation),
+                zoom=math.exp(rng.uniform(*np.log(self.zoom))),
+                shear=rng.uniform(-self.shear, self.shear),
+                shift=rng.uniform(-self.translation, self.translation, size=2) * size,
+            )
+            fill = (self.fill,) * 3
+            method = Image.Transform.AFFINE
+            image = image.transform((size, size), method, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
+        return image.convert("RGB", matrix) if (matrix := self.draw_colors(rng)) else image
+
+    def draw_colors(self, rng: np.random.Generator) -> tuple[float, ...] | None:
+        """Draw a map of colours: the 12 numbers of a 3 x 4 matrix, or None to leave them."""
+        brightness = contrast = saturation = 1.0
+        hue = 0.0
+        if self.color_jitter and rng.random() < self.color_jitter_probability:
+            relative = 1 + rng.uniform(-1, 1, size=3) * self.color_jitter[:3]
+            brightness, contrast, saturation = relative
+            hue = rng.uniform(-1, 1) * self.color_jitter[3]
+        if rng.random() < self.grayscale_probability:
+            saturation = 0.0
+        if (brightness, contrast, saturation, hue) == (1, 1, 1, 0):
+            return None
+        return color_map(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+
+
+def draw_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw the box (left, top, right, bottom) of a random resized crop.
+
+    Ten tries of a uniform area and a log-uniform aspect ratio, else the largest central box within the ratios: the
+    rule of `torchvision.transforms.RandomResizedCrop`.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def affine_map(size: int, *, rotation: float, zoom: float, shear: float, shift: np.ndarray) -> tuple[float, ...]:
+    """Return what Pillow wants of an affine map about the centre: where each pixel of the result comes from.
+
+    Args:
+        size: pixels of both pictures.
+        rotation: degrees, counter-clockwise as seen.
+        zoom: above 1 enlarges.
+        shear: degrees along x.
+        shift: pixels right and down, [2].
+    """
+    angle, slope = math.radians(rotation), math.tan(math.radians(shear))
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    # The inverse of zoom * rotation * shear: first back by the rotation, then by the shear.
+    a, b, d, e = cos + slope * -sin, -sin - slope * cos, sin, cos
+    x, y = size / 2 + shift
+    return a, b, size / 2 - a * x - b * y, d, e, size / 2 - d * x - e * y
+
+
+def color_map(*, brightness: float, contrast: float, saturation: float, hue: float) -> tuple[float, ...]:
+    """Return the 3 x 4 matrix, by rows, that changes hue and saturation, then contrast, then brightness.
+
+    Args:
+        brightness, contrast, saturation: factors; 1 changes nothing.
+        hue: turns; 0 changes nothing.
+    """
+    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+    chroma = saturation * np.array([[cos, -sin], [sin, cos]])
+    matrix = np.eye(3)
+    matrix[1:, 1:] = chroma
+    colors = brightness * contrast * FROM_YIQ @ matrix @ YIQ
+    offset = brightness * (1 - contrast) * MID_GREY
+    return tuple(np.column_stack([colors, np.full(3, offset)]).ravel().tolist())

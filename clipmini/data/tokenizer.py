@@ -1,0 +1,97 @@
+"""Captions to token ids: open_clip's byte-pair encoding run by Rust `tokenizers`, or the model's own tokenizer."""
+
+import gzip
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import regex
+import torch
+from open_clip.tokenizer import (
+    DEFAULT_CONTEXT_LENGTH,
+    HFTokenizer,
+    SimpleTokenizer,
+    bytes_to_unicode,
+    default_bpe,
+    get_clean_fn,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+# The pattern of CLIP's tokenizer without its special tokens, so that a caption cannot contain one. Words are split by
+# the same `regex` module as there: the one inside `tokenizers` knows another version of Unicode.
+# https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+NUM_MERGES = 49152 - 256 - 2
+# What ftfy and html.unescape, the slow part of cleaning, leave as it is: printable ASCII without an ampersand.
+PLAIN = regex.compile(r"[ -%'-~]*")
+
+
+def create_tokenizer(architecture: dict[str, Any]) -> Tokenize:
+    """Return the tokenizer that goes with a model.
+
+    Args:
+        architecture: open_clip's model JSON; `text_cfg.hf_tokenizer_name` asks for a Hugging Face tokenizer.
+    """
+    text = architecture["text_cfg"]
+    name = text.get("hf_tokenizer_name")
+    options = text.get("tokenizer_kwargs") or {}
+    context_length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    if name:
+        return HFTokenizer(name, context_length=context_length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    if set(options) - {"clean"}:
+        return SimpleTokenizer(context_length=context_length, **options)
+    return ClipTokenizer(context_length, **options)
+
+
+def trim(text: Tensor, padding: int | None) -> Tensor:
+    """Cut off the columns of int64 [b, L] that hold nothing but padding; all stay if there is no padding."""
+    if padding is None:
+        return text
+    used = (text != padding).any(dim=0).nonzero()
+    return text[:, : int(used[-1]) + 1] if len(used) else text
+
+
+class ClipTokenizer:
+    """CLIP's tokenizer: the ids of `open_clip.SimpleTokenizer`, but special tokens in a caption stay plain text.
+
+    Args:
+        context_length: tokens of a caption, with its start and end; longer captions are cut.
+        clean: how text is cleaned first, one of open_clip's names (`lower`, `whitespace`, `canonicalize`).
+    """
+
+    start_token, end_token = 49406, 49407
+
+    def __init__(self, context_length: int, clean: str = "lower") -> None:
+        self.context_length = context_length
+        self.clean = clean
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"context_length": self.context_length, "clean": self.clean}
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """The Rust tokenizer, built at first use in each process (0.1 s)."""
+        with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : NUM_MERGES + 1]
+        merges = [(first, second) for first, second in (line.split() for line in lines)]
+        symbols = list(bytes_to_unicode().values())
+        words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(first + second for first, second in merges)]
+        bpe = models.BPE({word: index for index, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
+        tokenizer = Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return tokenizer
+
+    def __call__(self, texts: Sequence[str] | str) -> Tensor:
+        """Tokenize captions: int64 [len(texts), context_length], padded with 0."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in enumerate(texts):
+            is_plain = self.clean == "lower" and PLAIN.fullmatch(text)
+            cleaned = " ".join(text.split()).lower() if is_plain else get_clean_fn(self.clean)(text)
+            words = WORD.findall(cleaned)
+            ids = self.encoder.encode(words, is_pretokenized=True).ids[: self.context_length - 2]
+            result[row, : len(ids) + 2] = torch.tensor([self.start_token, *ids, self.end_token])
+        return result
