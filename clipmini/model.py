@@ -1,0 +1,229 @@
+"""The model is open_clip's own object; this file creates it from a config and encodes with it.
+
+Shapes: b pictures or captions, S pixels, L tokens, D embedding width.
+"""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+from clipmini.errors import UserError, did_you_mean
+
+Model: TypeAlias = CLIP | CustomTextCLIP  # the only two kinds of object that are trained
+
+MODEL_CONFIGS = Path(__file__).resolve().parent / "model_configs"
+
+
+def read_architecture(
+    *,
+    name: str,
+    embed_dim: int | None = None,
+    vision_cfg: Mapping[str, Any] | None = None,
+    text_cfg: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a model's JSON in open_clip's form, with changes on top.
+
+    Args:
+        name: of an open_clip model, of one in `clipmini/model_configs`, or a path to such a JSON file.
+        embed_dim: replaces the embedding width.
+        vision_cfg: fields of open_clip's `CLIPVisionCfg`; `timm_model_name` makes the image tower any timm model.
+        text_cfg: fields of open_clip's `CLIPTextCfg`; `hf_model_name` makes the text tower a Hugging Face model.
+
+    Raises:
+        UserError: an unknown name or field.
+    """
+    own = {path.stem: path for path in MODEL_CONFIGS.glob("*.json")}
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"model.name={name}: no such file")
+        architecture = json.loads(path.read_text())
+    elif name in own:
+        architecture = json.loads(own[name].read_text())
+    else:
+        architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        known = [*own, *open_clip.list_models()]
+        raise UserError(f"model.name={name}: no such model{did_you_mean(name, known)}; {len(known)} are known")
+    for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
+        if key not in architecture:
+            raise UserError(f"model.name={name}: the model JSON has no {key!r}")
+        known = [item.name for item in fields(schema)]
+        for field in changes or {}:
+            if field not in known:
+                raise UserError(f"unknown key model.{key}.{field}{did_you_mean(field, known)}")
+        architecture[key] = {**architecture[key], **(changes or {})}
+    if embed_dim is not None:
+        architecture["embed_dim"] = embed_dim
+    if "multimodal_cfg" in architecture:
+        raise UserError(f"model.name={name}: captioning models (CoCa) are not supported")
+    return architecture
+
+
+def create_model(
+    *,
+    name: str,
+    pretrained: str | None = None,
+    embed_dim: int | None = None,
+    vision_cfg: dict[str, Any] | None = None,
+    text_cfg: dict[str, Any] | None = None,
+    patch_dropout: float | None = None,
+    lock_image: bool = False,
+    lock_text: bool = False,
+    grad_checkpointing: bool = False,
+    image_size: int | None = None,
+    init_scale: float,
+    init_bias: float | None,
+) -> Model:
+    """Create an open_clip model.
+
+    Args:
+        name, embed_dim, vision_cfg, text_cfg: see `read_architecture`.
+        pretrained: one of open_clip's tags for this name, or a local file of weights.
+        patch_dropout: share of a vision transformer's patches left out in training.
+        lock_image, lock_text: freeze a tower.
+        grad_checkpointing: recompute activations in the backward pass.
+        image_size: pixels; null takes the model's own.
+        init_scale: what similarities are multiplied with at the start.
+        init_bias: what is added to them; None makes a model without a bias.
+
+    Returns:
+        A `CLIP` or `CustomTextCLIP` whose state_dict loads in open_clip. Two attributes are added: `architecture`, its
+        JSON, and `visual.pixel_mean` and `pixel_std`, buffers [3, 1, 1] outside the state_dict.
+
+    Raises:
+        UserError: an unknown name, tag or field.
+    """
+    architecture = read_architecture(name=name, embed_dim=embed_dim, vision_cfg=vision_cfg, text_cfg=text_cfg)
+    if patch_dropout is not None:
+        architecture["vision_cfg"]["patch_dropout"] = patch_dropout
+    if image_size is not None:
+        architecture["vision_cfg"]["image_size"] = image_size
+    if init_bias is not None:
+        architecture["init_logit_bias"] = init_bias
+    architecture["init_logit_scale"] = float(torch.tensor(init_scale).log())
+    model = create_from_architecture(architecture)
+    preprocess = asdict(PreprocessCfg())
+    if pretrained is not None:
+        preprocess = load_pretrained(model, name, pretrained, preprocess)
+    set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})
+    for buffer, values in (("pixel_mean", preprocess["mean"]), ("pixel_std", preprocess["std"])):
+        model.visual.register_buffer(buffer, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+    if lock_image:
+        model.lock_image_tower(freeze_bn_stats=True)
+    if lock_text:
+        model.lock_text_tower()
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def create_from_architecture(architecture: dict[str, Any]) -> Model:
+    """Make the object that open_clip makes of this JSON, with random weights.
+
+    Raises:
+        UserError: an image size that open_clip could not load again.
+    """
+    options = {key: value for key, value in deepcopy(architecture).items() if key != "custom_text"}
+    is_hugging_face = "hf_model_name" in options["text_cfg"]
+    if is_hugging_face:
+        options["text_cfg"].setdefault("hf_model_pretrained", False)
+    model_class = CustomTextCLIP if is_hugging_face or architecture.get("custom_text") else CLIP
+    model = model_class(**options)
+    if isinstance(model.visual, TimmModel):
+        shapes = [parameter.shape for parameter in model.visual.parameters()]
+        model.visual.set_input_size(model.visual.image_size)
+        if [parameter.shape for parameter in model.visual.parameters()] != shapes:
+            timm_name = options["vision_cfg"]["timm_model_name"]
+            default = model.visual.trunk.default_cfg["input_size"][-1]
+            raise UserError(
+                f"image_size={model.visual.image_size[0]}: open_clip loads the timm tower {timm_name} at {default} "
+                f"pixels only; set image_size={default} or take a timm model of the size you want"
+            )
+    model.architecture = architecture
+    # Convolutions are faster with the channels last; to a transformer it makes no difference.
+    model.visual.to(memory_format=torch.channels_last)
+    return model
+
+
+def load_pretrained(model: Model, name: str, pretrained: str, preprocess: dict[str, Any]) -> dict[str, Any]:
+    """Load weights into a model and return the preprocessing that goes with them.
+
+    Raises:
+        UserError: neither a file nor one of open_clip's tags, or weights of another model.
+    """
+    path = pretrained
+    if not Path(pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:
+            raise UserError(
+                f"model.pretrained={pretrained}: neither a file nor a tag of {name}{did_you_mean(pretrained, tags)}; "
+                f"tags: {', '.join(tags) or 'none'}"
+            )
+        tag = open_clip.get_pretrained_cfg(name, pretrained)
+        preprocess = merge_preprocess_dict(preprocess, tag)
+        path = open_clip.download_pretrained(tag)
+    try:
+        open_clip.load_checkpoint(model, path)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"model.pretrained={pretrained} does not fit model.name={name}: {error}") from error
+    return preprocess
+
+
+def encode_image(model: Model, image: Tensor) -> Tensor:
+    """Encode pictures: uint8 [b, 3, S, S] to unit vectors [b, D]."""
+    pixels = (image - model.visual.pixel_mean) / model.visual.pixel_std
+    features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))
+    return F.normalize(features, dim=-1)
+
+
+def encode_text(model: Model, text: Tensor) -> Tensor:
+    """Encode captions: int64 [b, L] to unit vectors [b, D]; L may be shorter than the context, see `padding`."""
+    tower = model if isinstance(model, CLIP) else model.text
+    if isinstance(tower, HFTextEncoder) or padding(model) is None:
+        return F.normalize(model.encode_text(text), dim=-1)
+    length = text.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[:length].to(dtype)  # [b, L, width]
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+    pool_type, end_token = text_pooling(tower)
+    x = text_global_pool(x, text, pool_type, eos_token_id=end_token)  # [b, width]
+    projection = tower.text_projection
+    if projection is not None:
+        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    return F.normalize(x, dim=-1)
+
+
+def text_pooling(tower: CLIP | TextTransformer) -> tuple[str, int]:
+    """Return how a text tower pools its tokens, and its end token."""
+    if isinstance(tower, CLIP):
+        return tower.text_pool_type, tower.text_eos_id
+    return tower.pool_type, tower.eos_id
+
+
+def padding(model: Model) -> int | None:
+    """Return the id of the padding that can be cut off captions without changing their features, or None.
+
+    That is exact for a causal tower that pools at the end token, where nothing looks past it, and for a Hugging Face
+    tower, where padding is masked. Other towers look at all their tokens.
+    """
+    tower = model if isinstance(model, CLIP) else model.text
+    if isinstance(tower, HFTextEncoder):
+        return tower.config.pad_token_id
+    if isinstance(tower, TextTransformer) and (tower.cls_emb is not None or tower.use_pad_mask):
+        return None
+    causal = tower.attn_mask is not None
+    return 0 if causal and text_pooling(tower)[0] in ("argmax", "eos") else None

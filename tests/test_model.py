@@ -1,0 +1,155 @@
+"""The model is open_clip's: same features, same weights, and only cuts that change nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY
+
+from clipmini.data.tokenizer import ClipTokenizer, create_tokenizer, trim
+from clipmini.errors import UserError
+from clipmini.model import Model, create_model, encode_image, encode_text, padding
+
+
+def make_model(name: str, **options: Any) -> Model:
+    torch.manual_seed(0)
+    return create_model(name=name, **{"init_scale": 14.0, "init_bias": None, **options}).eval()
+
+
+def write_json(path: Path, **changes: Any) -> str:
+    """Write the tiny model's JSON with changes to its towers."""
+    path.write_text(json.dumps({**TINY, **{key: {**TINY[key], **value} for key, value in changes.items()}}))
+    return str(path)
+
+
+CAPTIONS = ["a dog", "a much longer caption about a cat on a mat", "!"]
+
+
+@torch.no_grad()
+def test_features_are_open_clips(tiny_json: Path) -> None:
+    model = make_model(str(tiny_json))
+    picture = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.visual.image_mean, model.visual.image_std))
+    expected = model.encode_image((picture / 255 - mean) / std, normalize=True)
+    torch.testing.assert_close(encode_image(model, picture), expected, rtol=1e-5, atol=1e-6)
+    text = ClipTokenizer(24)(CAPTIONS)
+    torch.testing.assert_close(encode_text(model, text), model.encode_text(text, normalize=True), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("pool_type", ["argmax", "eos"])
+def test_trimmed_captions_have_equal_features(custom_text: bool, pool_type: str, tmp_path: Path) -> None:
+    changes = {"text_cfg": {"pool_type": pool_type, "eos_id": 49407}}
+    path = Path(write_json(tmp_path / "m.json", **changes))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "custom_text": custom_text}))
+    model = make_model(str(path))
+    text = ClipTokenizer(24)(CAPTIONS)
+    short = trim(text, padding(model))
+    assert short.shape[1] < 24
+    # Nothing looks past the end token; what is left is how a kernel rounds sums of another length.
+    torch.testing.assert_close(encode_text(model, short), model.encode_text(text, normalize=True), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}])
+def test_captions_are_not_trimmed_where_that_changes_features(changes: dict, tmp_path: Path) -> None:
+    model = make_model(write_json(tmp_path / "m.json", text_cfg=changes))
+    assert padding(model) is None
+    text = ClipTokenizer(24)(CAPTIONS)
+    torch.testing.assert_close(encode_text(model, text), model.encode_text(text, normalize=True))
+
+
+def test_state_dict_and_scale_are_open_clips(tiny_json: Path) -> None:
+    open_clip.add_model_config(tiny_json)
+    theirs = open_clip.create_model("tiny")
+    model = make_model(str(tiny_json), init_scale=20.0)
+    theirs.load_state_dict(model.state_dict())
+    assert float(theirs.logit_scale.exp()) == pytest.approx(20.0)
+    assert model.logit_bias is None
+    assert float(make_model(str(tiny_json), init_bias=-10.0).logit_bias) == -10.0
+
+
+def test_same_seed_same_weights_as_open_clip(tiny_json: Path) -> None:
+    open_clip.add_model_config(tiny_json)
+    ours = make_model(str(tiny_json), init_scale=1 / 0.07).state_dict()
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("tiny").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
+def test_image_size_makes_another_grid(tiny_json: Path) -> None:
+    model = make_model(str(tiny_json), image_size=48)
+    assert model.visual.positional_embedding.shape[0] == 3 * 3 + 1
+    assert model.architecture["vision_cfg"]["image_size"] == 48
+
+
+def test_timm_image_tower(tiny_json: Path) -> None:
+    model = make_model(str(tiny_json), vision_cfg={"timm_model_name": "test_resnet"}, image_size=40)
+    assert encode_image(model, torch.zeros(2, 3, 40, 40, dtype=torch.uint8)).shape == (2, 32)
+
+
+def test_timm_tower_of_a_size_that_open_clip_cannot_load(tiny_json: Path) -> None:
+    with pytest.raises(UserError, match="image_size=64: open_clip loads the timm tower test_vit at 160 pixels only"):
+        make_model(str(tiny_json), vision_cfg={"timm_model_name": "test_vit"}, image_size=64)
+
+
+@torch.no_grad()
+def test_hugging_face_text_tower(tiny_json: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config.save_pretrained(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "on", "mat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    text_cfg = {"hf_model_name": str(tmp_path), "hf_tokenizer_name": str(tmp_path), "hf_pooler_type": "mean_pooler"}
+    model = make_model(str(tiny_json), text_cfg=text_cfg)
+    text = create_tokenizer(model.architecture)(["a dog", "a cat on a mat"])
+    short = trim(text, padding(model))
+    assert text.shape[1] == 24 and short.shape[1] == 7
+    torch.testing.assert_close(encode_text(model, short), model.encode_text(text, normalize=True), rtol=0, atol=1e-6)
+
+
+def test_weights_from_a_file(tiny_json: Path, tmp_path: Path) -> None:
+    first = make_model(str(tiny_json))
+    torch.save(first.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    second = create_model(name=str(tiny_json), pretrained=str(tmp_path / "weights.pt"), init_scale=14.0, init_bias=None)
+    torch.testing.assert_close(second.state_dict(), first.state_dict())
+
+
+def test_weights_of_another_model(tiny_json: Path, tmp_path: Path) -> None:
+    torch.save(make_model(str(tiny_json)).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"model.pretrained=.* does not fit"):
+        make_model(str(tiny_json), embed_dim=16, pretrained=str(tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "ViT-B32"}, r"model.name=ViT-B32: no such model \(did you mean 'ViT-B-32'"),
+        ({"name": "nowhere.json"}, "model.name=nowhere.json: no such file"),
+        ({"name": "coca_ViT-B-32"}, "captioning models"),
+        ({"name": "vit_tiny", "pretrained": "openai"}, "model.pretrained=openai: neither a file nor a tag of vit_tiny"),
+        ({"name": "ViT-B-32", "pretrained": "opnai"}, r"model.pretrained=opnai.*did you mean 'openai'"),
+        (
+            {"name": "vit_tiny", "vision_cfg": {"layer": 2}},
+            r"unknown key model.vision_cfg.layer \(did .* 'layers'",
+        ),
+    ],
+)
+def test_wrong_models_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_model(**options)
+
+
+def test_locked_towers_do_not_learn(tiny_json: Path) -> None:
+    model = make_model(str(tiny_json), lock_image=True, lock_text=True)
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == ["logit_scale"]
