@@ -1,0 +1,75 @@
+"""Which parameters decay, and how the learning rate moves."""
+
+import math
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from clipmini.errors import UserError
+from clipmini.model import Model
+
+
+def parameter_groups(model: Model) -> list[dict]:
+    """Split the trainable parameters into one group that decays and one that does not.
+
+    Gains, biases and the scale (fewer than two dimensions), embeddings of tokens, positions and classes, and what the
+    model itself names in `no_weight_decay()` do not decay.
+    """
+    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    embeddings = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or name in undecayed or name in embeddings or "embedding" in name
+            (rest if spared else decayed).append(parameter)
+    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+
+
+def cosine(
+    optimizer: Optimizer, *, total_steps: int, warmup_steps: int, warmup_fraction: float, final_fraction: float
+) -> LambdaLR:
+    """Warm up linearly, then fall along half a cosine.
+
+    Args:
+        optimizer: its learning rates are the peak.
+        total_steps: of the run.
+        warmup_steps: steps of the warm-up, but never more than
+        warmup_fraction: this share of the run.
+        final_fraction: where the cosine ends, as a share of the peak.
+    """
+    warmup = warmup_length(total_steps, warmup_steps, warmup_fraction)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int, warmup_fraction: float) -> LambdaLR:
+    """Warm up linearly, then stay; the arguments are those of `cosine`."""
+    warmup = warmup_length(total_steps, warmup_steps, warmup_fraction)
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
+
+
+def warmup_length(total_steps: int, warmup_steps: int, warmup_fraction: float) -> int:
+    """Return the steps of the warm-up.
+
+    Raises:
+        UserError: a negative number of steps, or a share outside 0 to 1.
+    """
+    if warmup_steps < 0 or not 0 <= warmup_fraction < 1:
+        raise UserError(
+            f"schedule.warmup_steps={warmup_steps} must be 0 or more, and "
+            f"schedule.warmup_fraction={warmup_fraction} from 0 to below 1"
+        )
+    return min(warmup_steps, int(total_steps * warmup_fraction))
