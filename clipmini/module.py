@@ -1,0 +1,114 @@
+"""The training step."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from clipmini.errors import UserError
+from clipmini.losses import ContrastiveLoss
+from clipmini.model import Model, encode_image, encode_text
+from clipmini.optim import parameter_groups
+
+log = logging.getLogger(__name__)
+
+
+class ClipModule(pl.LightningModule):
+    """Trains an open_clip model with a contrastive loss under Lightning's automatic optimization.
+
+    Args:
+        model: from `create_model`.
+        loss: what is minimised.
+        optimizer: takes parameter groups.
+        schedule: takes the optimizer and `total_steps`.
+        total_steps: of the whole run.
+        micro_batch: pictures encoded at a time; None encodes the local batch at once.
+
+    Raises:
+        UserError: micro-batches that would not be exact.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: ContrastiveLoss,
+        *,
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[..., Any],
+        total_steps: int,
+        micro_batch: int | None,
+    ) -> None:
+        super().__init__()
+        self.has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules())
+        if micro_batch is not None and self.has_batch_norm:
+            raise UserError(
+                f"micro_batch={micro_batch}: this model has BatchNorm, which would normalise over each micro-batch: "
+                "set micro_batch=null or take a model without it"
+            )
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.micro_batch = micro_batch
+        self.last: dict[str, Tensor] = {}  # what the step measured, for whoever logs; on the device, not read here
+
+    def on_train_start(self) -> None:
+        if self.has_batch_norm and self.trainer.world_size > 1:
+            log.warning("this model has BatchNorm: the run depends on the number of processes")
+        # Several things in Lightning can lose the loader's place on a resume, each without a word.
+        loader = self.trainer.train_dataloader
+        assert loader is not None and loader.samples == self.trainer.global_step * loader.batch_size
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        image, text = self.embed(batch["image"], batch["text"])
+        scale = self.model.logit_scale.exp()
+        result = self.loss(image, text, scale=scale, bias=self.model.logit_bias)
+        self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
+        return result["loss"]
+
+    def embed(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch: unit vectors [b, D] of pictures and of captions.
+
+        With micro-batches the activations of one at a time exist: they are recomputed when the one backward pass of
+        the one loss comes to them, with the same random numbers. That is gradient caching
+        (https://arxiv.org/abs/2101.06983) by `torch.utils.checkpoint`.
+        """
+        size = self.micro_batch or len(image)
+        if size >= len(image):
+            return self.encode(image, text)
+        parts = [
+            checkpoint(self.encode, image[start : start + size], text[start : start + size], use_reentrant=False)
+            for start in range(0, len(image), size)
+        ]
+        images, texts = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+    def encode(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_image(self.model, image), encode_text(self.model, text)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm, and keep the norm for the log."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+        self.last["grad_norm"] = norm
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Step, and clamp the scale at once, so that a checkpoint never holds it unclamped."""
+        super().optimizer_step(*arguments, **options)
+        self.loss.clamp_(self.model.logit_scale)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.optimizer(parameter_groups(self.model))
+        scheduler = self.schedule(optimizer, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
