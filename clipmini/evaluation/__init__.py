@@ -1,0 +1,1 @@
+"""Judging a model by data sets on disk."""
