@@ -1,0 +1,229 @@
+"""`clipmini train`: check everything, build, train, export, evaluate."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+import clipmini
+from clipmini import checkpoint, launch
+from clipmini.config import build, build_all
+from clipmini.console import format_seconds, log_rows, set_up_logging
+from clipmini.data.decode import EvaluationTransform
+from clipmini.data.loader import ImageTextData, default_num_workers
+from clipmini.data.tokenizer import Tokenize, create_tokenizer
+from clipmini.errors import UserError
+from clipmini.evaluation.datasets import ClassificationSet, read_classification_set
+from clipmini.evaluation.results import log_results, write_results
+from clipmini.evaluation.zero_shot import evaluate_zero_shot
+from clipmini.model import Model, padding
+from clipmini.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> None:
+    """Run what a composed config asks for; the same `name` again goes on where it stopped.
+
+    Raises:
+        UserError: anything in the config that cannot work; nothing but the log is written then.
+    """
+    run = Path(cfg.paths.run)
+    processes = launch.read_launch()
+    set_up_logging(run / "train.log", rank=processes.rank)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # refuse what is missing before anything is done
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    resume = find_checkpoint(run, config)
+
+    launch.check_batch(processes, batch_size=cfg.batch_size, micro_batch=cfg.micro_batch)
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
+    pl.seed_everything(cfg.seed, verbose=False)
+    datasets = [read_classification_set(directory) for directory in cfg.evaluation.datasets]
+    data = build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed)
+    total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
+    module = build_module(cfg, config, total_steps)
+    tokenize = create_tokenizer(module.model.architecture)
+    size = module.model.visual.image_size[0]
+    data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
+    trainer = build_trainer(cfg, processes, total_steps)
+
+    if processes.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run / "config.yaml")
+        log_header(cfg, trainer, module, data)
+    fit(trainer, module, data, resume)
+    model = module.model.to(trainer.strategy.root_device)
+    if processes.rank == 0:
+        checkpoint.export_open_clip(model, run / "model")
+    evaluate(model, tokenize, datasets, cfg, trainer, run)
+    log_files(run)
+
+
+def find_checkpoint(run: Path, config: dict[str, Any]) -> Path | None:
+    """Return the newest checkpoint of a run, if there is one and it is of this config."""
+    found = checkpoint.list_checkpoints(run / "checkpoints")
+    if not found:
+        return None
+    checkpoint.check_same_run(config, checkpoint.load_checkpoint(found[-1])["hyper_parameters"], run)
+    return found[-1]
+
+
+def count_steps(steps: int | None, epochs: float | None, num_samples: int, batch_size: int) -> int:
+    """Return the length of the run in optimizer steps; `steps` wins over `epochs`.
+
+    Raises:
+        UserError: neither is given, or less than one step comes out.
+    """
+    if steps is None and epochs is None:
+        raise UserError("steps=null and epochs=null: one of them must say how long to train")
+    total = int(epochs * num_samples / batch_size) if steps is None and epochs is not None else steps
+    assert total is not None
+    if total < 1:
+        raise UserError(f"steps={steps}, epochs={epochs}: less than one step of batch_size={batch_size}")
+    return total
+
+
+def build_module(cfg: DictConfig, config: dict[str, Any], total_steps: int) -> ClipModule:
+    """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
+    loss = build(cfg, "loss")
+    model = build(cfg, "model", image_size=cfg.image_size, init_scale=loss.init_scale, init_bias=loss.init_bias)
+    module = ClipModule(
+        model,
+        loss,
+        optimizer=build(cfg, "optimizer"),
+        schedule=build(cfg, "schedule"),
+        total_steps=total_steps,
+        micro_batch=cfg.micro_batch,
+    )
+    module.save_hyperparameters(config, logger=False)
+    try:
+        module.configure_optimizers()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer or schedule: {error}") from error
+    return module
+
+
+def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int) -> pl.Trainer:
+    """Build Lightning's Trainer with what the launcher, the hardware and the exact order of samples decide.
+
+    Raises:
+        UserError: settings that Lightning refuses, or that would not be exact.
+    """
+    options = cfg.trainer
+    if options.get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={options.accumulate_grad_batches} would shrink the negatives of the "
+            "contrastive loss to one part of the batch: set micro_batch instead, which does not"
+        )
+    accelerator = launch.choose_accelerator(options.accelerator)
+    launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
+    try:
+        return build(
+            cfg,
+            "trainer",
+            accelerator=accelerator,
+            devices=processes.local_world_size,
+            num_nodes=processes.num_nodes,
+            strategy=launch.choose_strategy(options.strategy, processes),
+            precision=launch.choose_precision(options.precision, accelerator),
+            max_steps=total_steps,
+            max_epochs=-1,
+            callbacks=build_all(cfg, "callbacks"),
+            logger=build_all(cfg, "logger"),
+            plugins=[checkpoint.AtomicCheckpointIO(), launch.choose_environment(processes)],
+            default_root_dir=cfg.paths.run,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from error
+
+
+def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, resume: Path | None) -> None:
+    """Train from the start or from a checkpoint; a run that is complete only gets its weights back."""
+    if resume and checkpoint.checkpoint_step(resume) >= trainer.max_steps:
+        module.load_state_dict(checkpoint.load_checkpoint(resume)["state_dict"])
+        log.info("already trained: %s is at the last of %d steps", resume, trainer.max_steps)
+        return
+    if resume:
+        log.info("resuming from %s", resume)
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    log.info("trained in %s", format_seconds(time.perf_counter() - start))
+
+
+def evaluate(
+    model: Model,
+    tokenize: Tokenize,
+    datasets: list[ClassificationSet],
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    run: Path,
+) -> None:
+    """Classify every data set, print the table and write the results."""
+    preprocess = model.visual.preprocess_cfg
+    transform = EvaluationTransform(model.visual.image_size[0], preprocess["resize_mode"], preprocess["interpolation"])
+    results = []
+    for dataset in datasets:
+        metrics = evaluate_zero_shot(
+            model,
+            tokenize,
+            dataset,
+            transform=transform,
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=default_num_workers(trainer.num_devices),
+            device=trainer.strategy.root_device,
+        )
+        results.append((dataset, metrics))
+    if results and trainer.is_global_zero:
+        write_results(run / "results.jsonl", results, trainer.max_steps)
+        log_results(results)
+
+
+def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> None:
+    """Say what is about to be trained, on what, and on which data."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    count = sum(parameter.numel() for parameter in module.model.parameters())
+    seen = data.num_steps * data.batch_size
+    pairs = data.manifest.num_samples
+    experiment = HydraConfig.get().runtime.choices["experiment"] if HydraConfig.initialized() else "?"
+    sources = ", ".join(f"{source.name} {source.num_samples:,}" for source in data.manifest.sources)
+    log.info("clipmini %s", clipmini.__version__)
+    log_rows(
+        {
+            "run": f"{cfg.name} in {cfg.paths.run}",
+            "recipe": f"experiment={experiment}, and what was overridden",
+            "device": f"{trainer.world_size} x {name}, {trainer.precision}",
+            "model": f"{cfg.model.name}, {count / 1e6:.1f} M parameters, {module.model.visual.image_size[0]} px",
+            "samples": f"{pairs:,} pairs ({sources})",
+            "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
+            "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",
+        }
+    )
+
+
+def log_files(run: Path) -> None:
+    """Name each file of the run."""
+    what = {
+        "config.yaml": "the config",
+        "train.log": "this output",
+        "metrics.csv": "loss, accuracy, scale, learning rate, gradient norm, throughput by step",
+        "tensorboard": "the same for `tensorboard --logdir {run}`",
+        "results.jsonl": "the table above",
+        "checkpoints": "to go on from",
+        "model": 'open_clip.create_model_and_transforms("local-dir:{run}/model")',
+    }
+    near = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
+    log_rows({str(near / name): text.format(run=near) for name, text in what.items() if (run / name).exists()})

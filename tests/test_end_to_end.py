@@ -1,0 +1,194 @@
+"""Whole runs as a user starts them: plain shards, several processes, Ctrl-C, the loss that falls."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import QUICK, SAMPLE, read_sample, run_clipmini, run_command, write_tar
+from omegaconf import DictConfig
+
+from clipmini.train import train
+
+COLUMNS = {
+    "step",
+    "train/loss",
+    "train/accuracy",
+    "train/scale",
+    "train/lr",
+    "train/grad_norm",
+    "throughput/samples_per_second",
+    "throughput/data_wait",
+}
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_plain_shards_to_a_model_that_open_clip_loads(
+    shards: Path, tiny_json: Path, classification_set: Path, tmp_path: Path
+) -> None:
+    result = run_clipmini(
+        "train",
+        "name=two",
+        "trainer=cpu",
+        "steps=20",
+        f"data.train={shards}",
+        f"model.name={tiny_json}",
+        "image_size=48",
+        "batch_size=16",
+        f"evaluation.datasets=[{classification_set}]",
+        "trainer.log_every_n_steps=5",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "outputs/two"
+    names = "checkpoints config.yaml metrics.csv model results.jsonl tensorboard train.log"
+    assert sorted(os.listdir(run)) == names.split()
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+    metrics = read_metrics(run)
+    assert set(metrics[0]) == COLUMNS
+    assert [row["step"] for row in metrics] == [5, 10, 15, 20]
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert metrics[-1]["train/lr"] == 0.0 and metrics[-1]["throughput/samples_per_second"] > 0
+
+    (line,) = (run / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["classes"] == 7
+    for words in (
+        "64 pairs",
+        "20 = 320 samples seen = 5.0 epochs",
+        "48 px",
+        "14.29%",
+        "step 20/20",
+        "outputs/two/model",
+    ):
+        assert words in result.stdout, words
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run / 'model'}")
+    assert model.visual.image_size == (48, 48)
+
+
+def test_two_processes_make_the_run_of_one(
+    shards: Path, tiny_json: Path, classification_set: Path, tmp_path: Path
+) -> None:
+    options = [
+        *QUICK,
+        "name=run",
+        "steps=6",
+        f"model.name={tiny_json}",
+        f"data.train={shards}",
+        "data.augmentation.flip=0.5",
+        "schedule.warmup_steps=0",
+        f"evaluation.datasets=[{classification_set}]",
+    ]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "clipmini"]
+    for name, command in (("one", ["clipmini"]), ("two", launcher)):
+        (tmp_path / name).mkdir()
+        workers = f"data.num_workers={int(name == 'two')}"
+        result = run_command([sys.executable, "-m", *command, "train", *options, workers], tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Zero-shot classification") == 1
+    one, two = (read_metrics(tmp_path / name / "outputs/run") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        for column in ("train/loss", "train/accuracy", "train/scale", "train/grad_norm"):
+            assert a[column] == pytest.approx(b[column], abs=1e-5, rel=1e-5), (a["step"], column)
+    results = [(tmp_path / name / "outputs/run/results.jsonl").read_text() for name in ("one", "two")]
+    assert results[0] == results[1]
+    assert os.listdir(tmp_path / "two/outputs") == ["run"]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
+    options = [*QUICK, "name=run", "steps=400", "data.num_workers=1", "checkpoint.every_n_steps=1000"]
+    options += [f"model.name={tiny_json}", f"data.train={shards}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipmini", "train", *options],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "outputs/run/metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the loader's workers too
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted at step" in error and "the same command goes on" in error and "Traceback" not in error
+    (saved,) = (tmp_path / "outputs/run/checkpoints").iterdir()
+    step = int(saved.stem.split("-")[1])
+    assert 3 <= step < 400
+
+    result = run_clipmini("train", *options, f"steps={step + 3}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming from {saved}" in result.stdout
+    assert [row["step"] for row in read_metrics(tmp_path / "outputs/run")] == list(range(1, step + 4))
+
+
+def test_learns_pairs_by_heart_and_names_their_classes(
+    compose: Callable[..., DictConfig], tiny_json: Path, tmp_path: Path
+) -> None:
+    samples = read_sample("train/noto-00000.tar", 32)
+    write_tar(tmp_path / "shards/a.tar", samples)
+    names = [json.loads(sample["json"])["name"] for sample in samples]
+    root = tmp_path / "wds_seen"
+    pictures = [
+        {"__key__": sample["__key__"], "webp": sample["webp"], "cls": str(label).encode()}
+        for label, sample in enumerate(samples)
+    ]
+    write_tar(root / "test/0.tar", pictures)
+    (root / "test/nshards.txt").write_text("1\n")
+    (root / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    (root / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    overrides = [
+        *QUICK,
+        f"model.name={tiny_json}",
+        f"data.train={tmp_path / 'shards'}",
+        "data.caption_key=name",
+        "data.augmentation.scale=[1.0,1.0]",
+        "data.augmentation.ratio=[1.0,1.0]",
+        "batch_size=32",
+        "steps=250",
+        "optimizer.lr=3e-3",
+        "checkpoint.every_n_steps=100",
+        f"evaluation.datasets=[{root}]",
+        f"paths.run={tmp_path / 'run'}",
+    ]
+    train(compose(*overrides))
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[0]["train/loss"] > math.log(32) - 0.6  # nothing known yet
+    assert metrics[-1]["train/loss"] < 0.3
+    (line,) = (tmp_path / "run/results.jsonl").read_text().splitlines()
+    assert json.loads(line)["metrics"]["acc1"] > 0.9
+
+
+def test_the_embedded_sample_trains(tmp_path: Path) -> None:
+    result = run_clipmini("train", "steps=3", "trainer.log_every_n_steps=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Zero-shot classification" in result.stdout and "1610" in result.stdout
+    assert "3,186 pairs" in result.stdout
+    assert SAMPLE.is_dir() and torch.get_num_threads() == 1
+
+
+def test_sweep_makes_a_run_for_each_value(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
+    options = [*QUICK, "name=sweep", "steps=1", f"model.name={tiny_json}", f"data.train={shards}"]
+    result = run_clipmini("train", "--multirun", *options, "seed=0,1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for number in (0, 1):
+        run = tmp_path / f"outputs/sweep/{number}"
+        assert f"seed: {number}" in (run / "config.yaml").read_text()
+        assert (run / "model/open_clip_config.json").exists()
