@@ -1,0 +1,72 @@
+"""What the README says can be typed, found and run."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, read_sample, run_clipmini, run_command
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+TRAIN = [line for line in COMMANDS if "clipmini train" in line]
+
+
+def overrides(command: str) -> list[str]:
+    words = shlex.split(command, comments=True)
+    return [word for word in words[words.index("train") + 1 :] if not word.startswith("--")]
+
+
+def test_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_commands_compose(command: str, compose: Callable[..., DictConfig]) -> None:
+    words = [word.replace("seed=0,1,2", "seed=0") for word in overrides(command)]
+    OmegaConf.to_container(compose(*words, "paths.run=x"), resolve=True, throw_on_missing=True)
+
+
+def test_table_of_keys_is_of_this_config(compose: Callable[..., DictConfig]) -> None:
+    cfg = compose()
+    (table,) = re.findall(r"\| key \| is \|\n\| --- \| --- \|\n(.*?)\n\n", README, re.S)
+    keys = [key for row in table.splitlines() for key in re.findall(r"`([a-z_.*]+)`", row.split("|")[1])]
+    assert len(keys) > 15
+    for key in keys:
+        assert OmegaConf.select(cfg, key.removesuffix(".*"), default="absent") != "absent", key
+
+
+def test_files_are_there() -> None:
+    (block,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.S)
+    named = {line.split()[0] for line in block.splitlines()}
+    for name in named:
+        assert (ROOT / name).exists(), name
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "clipmini").rglob("*.py")}
+    covered = {name for name in modules if name in named or any(name.startswith(folder) for folder in named)}
+    rest = {name for name in modules - covered if not name.endswith("__.py")}
+    assert rest <= {"clipmini/errors.py"}
+
+
+def test_own_data_in_three_commands(tiny_json: Path, tmp_path: Path) -> None:
+    pack, train, use = COMMANDS[COMMANDS.index("bash scripts/test.sh          # lint, types, tests") + 1 :][:3]
+    pictures = tmp_path / "my_pictures"
+    pictures.mkdir()
+    for number, sample in enumerate(read_sample("train/noto-00000.tar", 20)):
+        Image.open(io.BytesIO(sample["webp"])).save(pictures / f"{number}.jpg")
+        (pictures / f"{number}.txt").write_bytes(sample["txt"])
+    (tmp_path / "shards").mkdir()
+    subprocess.run(shlex.split(pack, comments=True), cwd=tmp_path, check=True)
+
+    smaller = [*QUICK, f"model.name={tiny_json}", "steps=2"]
+    result = run_clipmini("train", *overrides(train), *smaller, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "20 pairs" in result.stdout
+    result = run_command([sys.executable, *shlex.split(use)[1:]], tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("CLIP(")
