@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from clipmini.errors import UserError, did_you_mean
+from clipmini.annotations import check_values
+from clipmini.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the yaml files inside the package, a checkout beside it.
@@ -128,40 +129,9 @@ def check_node(node: DictConfig, key: str, skip: Mapping[str, Any] = types.Mappi
         hints = typing.get_type_hints(inspect.unwrap(target.__init__ if inspect.isclass(target) else target))
     except (NameError, TypeError):  # annotations that only a type checker can resolve
         hints = {}
-    for name, value in ((str(name), value) for name, value in node.items()):
-        if name in ("_target_", "_partial_") or name in skip:
-            continue
-        if name not in parameters and not takes_any:
-            raise UserError(f"unknown key {key}.{name}{did_you_mean(name, parameters)}")
-        if OmegaConf.is_dict(value) and "_target_" in value:
-            check_node(value, f"{key}.{name}")
-        elif name in hints and not matches(value, hints[name]):
-            raise UserError(f"{key}.{name}={value!r} has the wrong type: expected {describe(hints[name])}")
-
-
-def matches(value: Any, hint: Any) -> bool:
-    """Say whether a value from yaml is of an annotated type; True for annotations that are no yaml type."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(matches(value, option) for option in options)
-    if origin is typing.Literal:
-        return value in options
-    if hint is None or value is None:
-        return value is None and hint in (None, types.NoneType)
-    kind = origin or hint
-    if not isinstance(kind, type):
-        return True
-    if kind is float and not isinstance(value, bool):
-        return isinstance(value, int | float)
-    if issubclass(kind, Mapping):
-        return OmegaConf.is_dict(value)
-    if issubclass(kind, Sequence) and kind is not str:
-        return OmegaConf.is_list(value) and (not options or all(matches(item, options[0]) for item in value))
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def describe(hint: Any) -> str:
-    """Write an annotation as a user would say it."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    values = {str(name): value for name, value in node.items() if name not in ("_target_", "_partial_", *skip)}
+    nodes = {name for name, value in values.items() if OmegaConf.is_dict(value) and "_target_" in value}
+    known = values.keys() if takes_any else parameters.keys()
+    check_values(key, values, known, {name: hint for name, hint in hints.items() if name not in nodes})
+    for name in nodes:
+        check_node(values[name], f"{key}.{name}")

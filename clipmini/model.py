@@ -4,13 +4,15 @@ Shapes: b pictures or captions, S pixels, L tokens, D embedding width.
 """
 
 import json
+import typing
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import open_clip
+import timm
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
@@ -20,6 +22,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
+from clipmini.annotations import check_values
 from clipmini.errors import UserError, did_you_mean
 
 Model: TypeAlias = CLIP | CustomTextCLIP  # the only two kinds of object that are trained
@@ -61,10 +64,8 @@ def read_architecture(
     for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
         if key not in architecture:
             raise UserError(f"model.name={name}: the model JSON has no {key!r}")
-        known = [item.name for item in fields(schema)]
-        for field in changes or {}:
-            if field not in known:
-                raise UserError(f"unknown key model.{key}.{field}{did_you_mean(field, known)}")
+        hints = typing.get_type_hints(schema)
+        check_values(f"model.{key}", changes or {}, hints, hints)
         architecture[key] = {**architecture[key], **(changes or {})}
     if embed_dim is not None:
         architecture["embed_dim"] = embed_dim
@@ -135,14 +136,19 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
     """Make the object that open_clip makes of this JSON, with random weights.
 
     Raises:
-        UserError: an image size that open_clip could not load again.
+        UserError: values that open_clip cannot use, or an image size that it could not load again.
     """
     options = {key: value for key, value in deepcopy(architecture).items() if key != "custom_text"}
     is_hugging_face = "hf_model_name" in options["text_cfg"]
     if is_hugging_face:
         options["text_cfg"].setdefault("hf_model_pretrained", False)
     model_class = CustomTextCLIP if is_hugging_face or architecture.get("custom_text") else CLIP
-    model = model_class(**options)
+    check_timm_name(options["vision_cfg"].get("timm_model_name"))
+    try:
+        model = model_class(**options)
+    except Exception as error:  # whatever open_clip, timm or transformers think of these numbers and names
+        reason = str(error) or "its numbers do not fit together"
+        raise UserError(f"model: open_clip cannot make it from {json.dumps(options)}: {reason}") from error
     if isinstance(model.visual, TimmModel):
         shapes = [parameter.shape for parameter in model.visual.parameters()]
         model.visual.set_input_size(model.visual.image_size)
@@ -157,6 +163,20 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
     # Convolutions are faster with the channels last; to a transformer it makes no difference.
     model.visual.to(memory_format=torch.channels_last)
     return model
+
+
+def check_timm_name(name: str | None) -> None:
+    """See that timm has an image tower of this name; names with a colon say where else it comes from.
+
+    Raises:
+        UserError: it has not.
+    """
+    if name and ":" not in name and not timm.is_model(name):
+        known = timm.list_models()
+        raise UserError(
+            f"model.vision_cfg.timm_model_name={name}: no such model of timm{did_you_mean(name, known)}; "
+            f"{len(known)} are known"
+        )
 
 
 def load_pretrained(model: Model, name: str, pretrained: str, preprocess: dict[str, Any]) -> dict[str, Any]:

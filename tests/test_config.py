@@ -142,29 +142,3 @@ def test_build_keeps_a_partial_open() -> None:
 def test_build_refuses_unknown_keys_and_wrong_types(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.build(OmegaConf.create({"thing": {**THING, **changes}}), "thing")
-
-
-@pytest.mark.parametrize(
-    ("value", "hint", "expected"),
-    [
-        (1, int, True),
-        (1, float, True),
-        (1.0, int, False),
-        (True, int, False),
-        (True, bool, True),
-        (1, bool, False),
-        (None, int | None, True),
-        (None, str, False),
-        ("x", int | str, True),
-        ([1, 2], tuple[float, float], True),
-        (["a"], list[float], False),
-        ({"a": 1}, dict[str, float], True),
-        ({"a": 1}, list[str], False),
-        ("anything", Any, True),
-        (None, Any, True),
-    ],
-)
-def test_matches(value: Any, hint: Any, expected: bool) -> None:
-    if isinstance(value, dict | list):
-        value = OmegaConf.create(value)
-    assert config.matches(value, hint) is expected

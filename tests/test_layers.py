@@ -8,7 +8,8 @@ import clipmini
 PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
-    {"distributed", "config", "console"},
+    {"annotations", "distributed", "console"},
+    {"config"},
     {"data", "model", "losses", "optim"},
     {"launch", "module", "checkpoint", "loggers"},
     {"callbacks", "evaluation"},

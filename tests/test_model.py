@@ -7,6 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+import transformers
 from conftest import TINY
 
 from clipmini.data.tokenizer import ClipTokenizer, create_tokenizer, trim
@@ -101,7 +102,6 @@ def test_timm_tower_of_a_size_that_open_clip_cannot_load(tiny_json: Path) -> Non
 
 @torch.no_grad()
 def test_hugging_face_text_tower(tiny_json: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
@@ -143,6 +143,16 @@ def test_weights_of_another_model(tiny_json: Path, tmp_path: Path) -> None:
             {"name": "vit_tiny", "vision_cfg": {"layer": 2}},
             r"unknown key model.vision_cfg.layer \(did .* 'layers'",
         ),
+        ({"name": "vit_tiny", "vision_cfg": {"width": "wide"}}, "model.vision_cfg.width='wide' has the wrong type"),
+        (
+            {"name": "vit_tiny", "vision_cfg": {"timm_model_name": "resnet10x"}},
+            r"model.vision_cfg.timm_model_name=resnet10x: no such model of timm \(did you mean 'resnet10t'",
+        ),
+        (
+            {"name": "vit_tiny", "text_cfg": {"heads": 5}},
+            "model: open_clip cannot make it from .*must be divis",
+        ),
+        ({"name": "vit_tiny", "text_cfg": {"hf_model_name": "/nowhere"}}, "model: open_clip cannot make it .*nowhere"),
     ],
 )
 def test_wrong_models_are_refused(options: dict, message: str) -> None:
