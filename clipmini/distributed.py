@@ -48,11 +48,7 @@ def all_gather(rows: Tensor) -> Tensor:
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Average a tensor over the processes, without gradient."""
-    if is_distributed():
-        values = values.detach().clone()
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
+    return all_reduce_sum(values) / world_size()
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

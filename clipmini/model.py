@@ -46,7 +46,7 @@ def read_architecture(
         text_cfg: fields of open_clip's `CLIPTextCfg`; `hf_model_name` makes the text tower a Hugging Face model.
 
     Raises:
-        UserError: an unknown name or field.
+        UserError: an unknown name or field, or a field of the wrong type.
     """
     own = {path.stem: path for path in MODEL_CONFIGS.glob("*.json")}
     if name.endswith(".json"):
