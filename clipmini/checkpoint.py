@@ -1,14 +1,13 @@
 """What a run leaves behind: checkpoints that are complete or absent, and a model that plain open_clip loads."""
 
 import json
-import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,33 +17,11 @@ from safetensors.torch import save_file
 
 from clipmini import distributed
 from clipmini.errors import Interrupted, UserError
+from clipmini.files import write_atomically
 from clipmini.model import Model
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = ("seed", "batch_size", "image_size", "model", "loss", "data.caption_key", "data.augmentation")
-
-
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that, whatever happens, its name holds all of the new content or all of the old.
-
-    A temporary file in the same directory (a rename is atomic within a file system only), flushed to the disk, renamed,
-    and the directory flushed too.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

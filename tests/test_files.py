@@ -1,0 +1,46 @@
+"""Files are complete or absent."""
+
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from clipmini.files import filter_rows, write_atomically
+
+
+def test_writes_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new/file"
+    write_atomically(path, b"one")
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"tw")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"one"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    threads = [
+        threading.Thread(target=write_atomically, args=(path, content)) for content in contents for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["file"]
+
+
+def test_rows_are_filtered(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    filter_rows(path, lambda file: file)
+    assert not path.exists()
+    path.write_text("a\nb\nc")
+    filter_rows(path, lambda file: (line for line in file if line.strip() != "b"))
+    assert path.read_text() == "a\nc"
