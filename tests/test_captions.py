@@ -1,0 +1,81 @@
+"""Which caption is drawn, and what is none."""
+
+import json
+
+import pytest
+
+from clipmini.data.captions import Captions, caption_id, check_caption
+from clipmini.data.draws import Draws
+from clipmini.data.health import Fault
+from clipmini.errors import UserError
+
+
+def draw(key: str | dict[str, float], members: dict[str, bytes], position: int = 0) -> str:
+    return Captions.from_key(key).draw(members, Draws(0, position))
+
+
+def test_txt_and_json() -> None:
+    members = {"txt": b" plain \n", "json": json.dumps({"name": "n"}).encode()}
+    assert draw("txt", members) == "plain" and draw("name", members) == "n"
+    assert Captions.from_key("txt").extensions == ("txt",) and Captions.from_key("name").extensions == ("json",)
+
+
+def test_lists_and_probabilities() -> None:
+    members = {"txt": b" plain ", "json": json.dumps({"name": "n", "many": ["x", "y"]}).encode()}
+    key = {"txt": 0.5, "name": 0.25, "many": 0.25}
+    assert Captions.from_key(key).extensions == ("json", "txt")
+    drawn = [draw(key, members, position) for position in range(4000)]
+    shares = {caption: drawn.count(caption) / 4000 for caption in set(drawn)}
+    assert shares == pytest.approx({"plain": 0.5, "n": 0.25, "x": 0.125, "y": 0.125}, abs=0.03)
+    assert drawn == [draw(key, members, position) for position in range(4000)]  # a function of the position
+
+
+def test_byte_order_mark_is_no_part_of_a_caption() -> None:
+    assert draw("txt", {"txt": b"\xef\xbb\xbfa dog"}) == "a dog"
+
+
+BAD = {
+    "missing": ("txt", {}, "caption", "txt is missing"),
+    "empty": ("txt", {"txt": b""}, "caption", "txt is blank"),
+    "blank": ("txt", {"txt": b" \t\r\n"}, "caption", "txt is blank"),
+    "not utf-8": ("txt", {"txt": b"\xff\xfe\xfa"}, "caption", "txt is not UTF-8: .*invalid start byte"),
+    "latin-1": ("txt", {"txt": "café".encode("latin-1")}, "caption", "txt is not UTF-8"),
+    "no key": ("name", {"json": b"{}"}, "caption", "no 'name' in the .json"),
+    "no json": ("name", {"txt": b"a"}, "caption", "no 'name' in the .json"),
+    "null": ("name", {"json": b'{"name": null}'}, "caption", "name is missing"),
+    "number": ("name", {"json": b'{"name": 3}'}, "caption", "name is int, not text"),
+    "empty list": ("name", {"json": b'{"name": []}'}, "caption", "name is list, not text"),
+    "list of numbers": ("name", {"json": b'{"name": [1]}'}, "caption", "name is int, not text"),
+    "half a surrogate pair": ("name", {"json": b'{"name": "a \\ud83d"}'}, "caption", "name is not UTF-8"),
+    "list for an object": ("name", {"json": b"[]"}, "json", "list in place of an object"),
+    "text for an object": ("name", {"json": b'"name"'}, "json", "str in place of an object"),
+    "cut json": ("name", {"json": b'{"name": "a'}, "json", "Unterminated string"),
+    "no text in json": ("name", {"json": b"\xff\xfe\xfa"}, "json", "codec can't decode"),
+    "deep json": ("name", {"json": b"[" * 100_000}, "json", "recursion"),
+}
+
+
+@pytest.mark.parametrize(("key", "members", "cause", "detail"), BAD.values(), ids=BAD)
+def test_captions_that_cannot_be_used(key: str, members: dict[str, bytes], cause: str, detail: str) -> None:
+    with pytest.raises(Fault, match=detail) as caught:
+        draw(key, members)
+    assert caught.value.cause == cause
+    (fault,) = Captions.from_key(key).faults(members)
+    assert (fault.cause, fault.detail) == (caught.value.cause, caught.value.detail)
+
+
+def test_every_caption_that_could_be_drawn_is_verified() -> None:
+    members = {"txt": b"fine", "json": b'{"many": ["fine", "", 3], "name": "fine"}'}
+    faults = list(Captions.from_key({"txt": 0.5, "many": 0.25, "name": 0.25}).faults(members))
+    assert [fault.detail for fault in faults] == ["many is blank", "many is int, not text"]
+
+
+@pytest.mark.parametrize("key", [{"txt": 0.5}, {"txt": 1.5, "name": -0.5}, {}])
+def test_probabilities_must_add_up(key: dict) -> None:
+    with pytest.raises(UserError, match="data.caption_key=.*must be positive and add up to 1"):
+        Captions.from_key(key)
+
+
+def test_equal_captions_have_equal_ids() -> None:
+    assert caption_id("A  dog") == caption_id("a dog") != caption_id("a cat")
+    assert -(2**63) <= caption_id(check_caption(b"x")) < 2**63
