@@ -2,12 +2,15 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 console = Console(highlight=False)
@@ -15,23 +18,32 @@ error_console = Console(highlight=False, stderr=True)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints above the progress bar, without breaking long lines; errors go to stderr."""
+    """Prints above the progress bar, without breaking long lines; from some level on to stderr."""
+
+    def __init__(self, level: int, stderr_level: int) -> None:
+        super().__init__(level)
+        self.stderr_level = stderr_level
 
     def emit(self, record: logging.LogRecord) -> None:
-        target = error_console if record.levelno >= logging.ERROR else console
+        target = error_console if record.levelno >= self.stderr_level else console
         target.print(self.format(record), soft_wrap=True, markup=False)
 
 
-def set_up_logging(file: Path, *, rank: int) -> None:
-    """Send the first process's log to the screen and to a file, and of the others only what goes wrong."""
+def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False) -> None:
+    """Send the first process's log to the screen and to a file, and of the others only what goes wrong.
+
+    Args:
+        to_stderr: all of it, where stdout is for results; else only errors.
+    """
     is_first = rank == 0
-    file.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     root.handlers.clear()
-    handlers: list[logging.Handler] = [ConsoleHandler(logging.NOTSET if is_first else logging.ERROR)]
+    stderr_level = logging.NOTSET if to_stderr else logging.ERROR
+    handlers: list[logging.Handler] = [ConsoleHandler(logging.NOTSET if is_first else logging.ERROR, stderr_level)]
     if not is_first:
         handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-    else:
+    elif file:
+        file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for handler in handlers:
@@ -63,6 +75,13 @@ def log_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]])
     with console.capture() as capture:
         console.print(table)
     log.info("%s", capture.get().rstrip())
+
+
+def track(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+    """Pass items on, with a bar on a terminal."""
+    columns = (TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=total, description=description)
 
 
 class ProgressDisplay:
