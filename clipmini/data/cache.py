@@ -1,0 +1,247 @@
+"""A cache of shards on the disk of a node, shared by all processes there."""
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from clipmini.data.index import BLOCK, END, Shard, check_first_block, parse_header
+from clipmini.data.remote import Remote, WrongContent
+from clipmini.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FREE_SHARE = 0.05  # of the disk, left free where no limit is given
+PREFETCH_THREADS = 4  # of each loader process
+
+
+class ShardCache:
+    """Fetched shards in a directory of this node: the least recently used go when it is full.
+
+    One process fetches a shard, all others wait for it. A shard that is deleted while it is open stays readable, so
+    that a directory smaller than what is in use is slow, but right.
+
+    Args:
+        directory: of this node, not of the cluster.
+        max_bytes: of the shards in it, but for those that are being fetched; null leaves 5 % of the disk free.
+        fetch_timeout: seconds that a shard may take with all tries.
+        stall_timeout: seconds without a byte after which a try is given up.
+        storage_options: options of fsspec's file systems, by protocol; null: none.
+
+    Raises:
+        UserError: a value out of range, or credentials.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: str,
+        max_bytes: int | None,
+        fetch_timeout: float,
+        stall_timeout: float,
+        storage_options: Mapping[str, Any] | None,
+    ) -> None:
+        limits = {"max_bytes": max_bytes, "fetch_timeout": fetch_timeout, "stall_timeout": stall_timeout}
+        for name, value in limits.items():
+            if value is not None and value <= 0:
+                raise UserError(f"data.cache.{name}={value}: must be above 0")
+        self.directory = Path(directory)
+        self.max_bytes = max_bytes
+        check_no_secrets(storage_options or {}, "data.cache.storage_options")
+        self.remote = Remote(storage_options or {}, fetch_timeout, stall_timeout)
+        self.waiting: queue.Queue[Shard] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "waiting": None}  # a thread does not travel
+
+    def path(self, shard: Shard, suffix: str = ".tar") -> Path:
+        """Return where a shard, or something made of it, lies or would lie."""
+        return self.directory / "shards" / f"{shard.identity()}{suffix}"
+
+    @contextlib.contextmanager
+    def lock(self, name: str, timeout: float = -1) -> Iterator[None]:
+        """Keep the other processes of this node out; the system frees the lock when its holder dies.
+
+        Raises:
+            Timeout: it was not free for so many seconds; -1 waits as long as it takes.
+            UserError: the directory cannot be written.
+        """
+        path = self.directory / "locks" / f"{name}.lock"
+        lock = FileLock(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout)
+        except Timeout:
+            raise
+        except OSError as error:
+            raise UserError(f"paths.cache={self.directory}: cannot be written: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def open(self, shard: Shard) -> int:
+        """Open a shard, and fetch it first if it is not here; what is open stays readable when it is deleted.
+
+        Raises:
+            FileNotFoundError: there is no such shard.
+            UserError: it cannot be had.
+        """
+        while True:
+            try:
+                file = os.open(self.path(shard), os.O_RDONLY)
+            except FileNotFoundError:
+                self.fetch(shard)
+                continue  # another process may have deleted it since, to make room
+            os.utime(file)  # in use now
+            return file
+
+    def fetch(self, shard: Shard, *, wait: bool = True) -> Path:
+        """Return a local copy of a shard, which may be deleted to make room as soon as the lock is free.
+
+        Args:
+            wait: for another process that is fetching it; else that is a Timeout.
+
+        Raises:
+            FileNotFoundError: there is no such shard.
+            UserError: it cannot be had.
+        """
+        path = self.path(shard)
+        # 4,096 locks are enough to keep processes apart, and few enough to stay.
+        with self.lock(path.name[:3], timeout=-1 if wait else 0):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                start = time.monotonic()
+                self.fetch_into(shard, path)
+                log.debug("fetched %s in %.1f seconds", shard.path, time.monotonic() - start)
+        return path
+
+    def fetch_into(self, shard: Shard, path: Path) -> None:
+        """Fetch a shard, look at what came, and only then give it its name."""
+        for left in path.parent.glob(f"{path.stem}.*.part"):  # of a process that died: the lock is ours now
+            left.unlink(missing_ok=True)
+
+        def attempt() -> None:
+            # A name of its own: a try that was given up may still write to its file.
+            part = path.with_suffix(f".{os.urandom(4).hex()}.part")
+            try:
+                self.make_room(shard, part)
+                self.remote.download(shard.path, part)
+                check_content(part, shard)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+
+        try:
+            self.remote.persist(shard.path, attempt)
+        except OSError as error:
+            if error.errno not in (ENOSPC, EDQUOT):
+                raise
+            raise UserError(
+                f"paths.cache={self.directory}: the disk is full while fetching {shard.path} ({shard.size} bytes): "
+                "take another disk, or a lower data.cache.max_bytes"
+            ) from error
+
+    def make_room(self, shard: Shard, part: Path) -> None:
+        """Delete the least recently used files until a shard fits in, beside those that are being fetched.
+
+        Raises:
+            UserError: it is larger than the whole cache may be.
+        """
+        with self.lock("room"):
+            files = self.list_files(part.parent)
+            limit = self.max_bytes
+            if limit is None:
+                disk = shutil.disk_usage(part.parent)
+                limit = sum(size for _, size, _ in files) + disk.free - int(FREE_SHARE * disk.total)
+            if shard.size > limit:
+                raise UserError(
+                    f"{shard.path} has {shard.size} bytes, but paths.cache={self.directory} may hold {max(limit, 0)}: "
+                    "raise data.cache.max_bytes or take another disk"
+                )
+            # What is being fetched will grow, to about the size of this one.
+            total = sum(max(size, shard.size) if path.endswith(".part") else size for _, size, path in files)
+            for _, size, path in sorted(files):
+                if total + max(shard.size, 0) <= limit:
+                    break
+                if not path.endswith(".part"):
+                    Path(path).unlink(missing_ok=True)
+                    total -= size
+            part.touch()
+
+    def list_files(self, directory: Path) -> list[tuple[float, int, str]]:
+        """List the time of the last use, the size and the path of what is there, and remove what was given up."""
+        given_up = time.time() - self.remote.fetch_timeout - self.remote.stall_timeout
+        files = []
+        for entry in os.scandir(directory):
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if entry.name.endswith(".part") and status.st_mtime < given_up:
+                    os.unlink(entry.path)  # its process died: one that lives writes to it, or ends
+                else:
+                    files.append((status.st_mtime, status.st_size, entry.path))
+        return files
+
+    def prefetch(self, shards: Iterable[Shard]) -> None:
+        """Fetch shards in the background; whoever needs one that failed fetches it again and says why."""
+        for shard in shards:
+            if self.path(shard).exists():
+                continue
+            if self.waiting is None:
+                self.waiting = queue.Queue()
+                for _ in range(PREFETCH_THREADS):
+                    threading.Thread(target=self.fetch_waiting, args=(self.waiting,), daemon=True).start()
+            self.waiting.put(shard)
+
+    def fetch_waiting(self, waiting: "queue.Queue[Shard]") -> None:
+        while True:
+            shard = waiting.get()
+            with contextlib.suppress(OSError, UserError):  # a lock that another process holds is a TimeoutError
+                self.fetch(shard, wait=False)
+
+
+def check_no_secrets(options: Mapping[str, Any], key: str) -> None:
+    """Refuse credentials: a config is written into every run and every checkpoint.
+
+    Raises:
+        UserError: there are some.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            check_no_secrets(value, f"{key}.{name}")
+        elif re.search(r"secret|passw|token|credential|connection_string|(^|_)key($|_id$)", str(name)):
+            raise UserError(f"{key}.{name}: give credentials in the environment, the config is written to files")
+
+
+def check_content(path: Path, shard: Shard) -> None:
+    """See that what came is a tar, and all of it.
+
+    Raises:
+        WrongContent: it is not.
+        UserError: it is a compressed tar.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(BLOCK)
+        file.seek(max(0, size - BLOCK))
+        last = file.read()
+    check_first_block(first, shard.path)
+    try:
+        if first != END:
+            parse_header(first)
+    except ValueError as error:
+        raise WrongContent(f"this is no tar, it begins with {first[:40]!r}") from error
+    if shard.size >= 0 and size != shard.size:
+        raise WrongContent(f"{size} bytes came of {shard.size}")
+    if shard.size < 0 and last != END:
+        raise WrongContent(f"the tar ends early, after {size} bytes")
