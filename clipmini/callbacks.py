@@ -1,7 +1,14 @@
-"""What watches a run: measurements for the loggers and the progress display."""
+"""What watches a run: measurements for the loggers and the progress display, bad samples, the ledger."""
 
+import csv
+import io
+import json
+import logging
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 import torch
@@ -9,7 +16,11 @@ from pytorch_lightning.callbacks import Callback
 
 from clipmini import distributed
 from clipmini.console import ProgressDisplay
+from clipmini.data.health import CAUSES, BadSample, check_bad_fraction, count_causes, read_quarantine
+from clipmini.files import filter_rows
 from clipmini.module import ClipModule
+
+log = logging.getLogger(__name__)
 
 
 class Monitor(Callback):
@@ -55,6 +66,8 @@ class Monitor(Callback):
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["throughput/samples_per_second"] = samples_per_second
         metrics["throughput/data_wait"] = self.waited / seconds
+        bad = trainer.train_dataloader.health.totals
+        metrics |= {"data/bad_samples": bad.total(), **{f"data/{cause}": count for cause, count in bad.items()}}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         if self.display:
@@ -71,3 +84,126 @@ class Monitor(Callback):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end()
+
+
+class DataHealth(Callback):
+    """Collects the bad samples of all processes, lists them, and stops a run that has too many, on all at once.
+
+    Args:
+        quarantine: the file with a line of JSON for each of them, as trained: a resumed run takes back what it repeats.
+        max_bad_fraction: of the last 10,000 samples.
+        every_n_steps: how often.
+    """
+
+    def __init__(self, *, quarantine: str, max_bad_fraction: float, every_n_steps: int) -> None:
+        self.quarantine = Path(quarantine)
+        self.max_bad_fraction = max_bad_fraction
+        self.every_n_steps = every_n_steps
+        self.next_warning = 1
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert trainer.train_dataloader is not None
+        self.health = trainer.train_dataloader.health
+        samples = trainer.train_dataloader.samples
+
+        def choose(file: TextIO) -> Iterable[str]:
+            return (line for line, row in read_quarantine(file) if row["position"] < samples)
+
+        if trainer.is_global_zero:
+            filter_rows(self.quarantine, choose)
+            self.health.totals = count_causes(self.quarantine)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            in_window = self.collect(trainer, module)
+            check_bad_fraction(in_window, self.max_bad_fraction, self.health.totals, self.quarantine)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, _: dict[str, Any]) -> None:
+        self.collect(trainer, module)  # the list must be as far as the checkpoint
+
+    def collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
+        """Add up what the processes found, and return how many of the last samples are bad; every rank must call it."""
+        new = self.health.take()
+        found = Counter(bad.cause for bad in new)
+        counts = torch.tensor([*(found[cause] for cause in CAUSES), self.health.in_window()], device=module.device)
+        *by_cause, in_window = distributed.all_reduce_sum(counts).tolist()
+        if any(by_cause):
+            self.health.totals.update({cause: count for cause, count in zip(CAUSES, by_cause, strict=True) if count})
+            everyone = distributed.all_gather_objects(new)
+            if trainer.is_global_zero:
+                self.append(sorted((bad for of_rank in everyone for bad in of_rank), key=lambda bad: bad.position))
+                self.warn(trainer.global_step)
+        return in_window
+
+    def warn(self, step: int) -> None:
+        """Tell the first bad samples, and then whenever there are twice as many."""
+        total = self.health.totals.total()
+        if total >= self.next_warning:
+            self.next_warning = 2 * total
+            causes = ", ".join(f"{count} {cause}" for cause, count in self.health.totals.most_common())
+            log.warning("%d bad samples by step %d (%s), see %s", total, step, causes, self.quarantine)
+
+    def append(self, bad: Iterable[BadSample]) -> None:
+        with open(self.quarantine, "a", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(sample.row()) + "\n" for sample in bad)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "health") and (left := self.health.take()):
+            self.append(left)
+
+
+class Ledger(Callback):
+    """Writes down every sample as it was trained, where batches carry keys (`data.ledger=true`).
+
+    A file for each process, `rank-00000.csv` and so on, with `step,position,key`. A resumed run takes back the steps
+    that it repeats, also those of processes that are no more.
+
+    Args:
+        directory: where the files go.
+    """
+
+    def __init__(self, *, directory: str) -> None:
+        self.directory = Path(directory)
+        self.file: TextIO | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        step = trainer.global_step
+
+        def choose(file: TextIO) -> Iterator[str]:
+            for row in csv.reader(file):
+                if len(row) == 3 and (row[0] == "step" or int(row[0]) <= step):
+                    yield to_csv([row])
+
+        for path in self.directory.glob("rank-*.csv"):
+            number = int(path.stem.removeprefix("rank-"))
+            if number == trainer.global_rank or (trainer.is_global_zero and number >= trainer.world_size):
+                filter_rows(path, choose)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: dict[str, Any], _: int
+    ) -> None:
+        if "key" not in batch:
+            return
+        if self.file is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path = self.directory / f"rank-{trainer.global_rank:05d}.csv"
+            self.file = open(path, "a", newline="", encoding="utf-8", errors="replace")
+            if not path.stat().st_size:
+                self.file.write("step,position,key\n")
+        step = trainer.global_step
+        self.file.write(to_csv((step, *pair) for pair in zip(batch["position"], batch["key"], strict=True)))
+        self.file.flush()  # before the checkpoint of this step is there
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.file:
+            self.file.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end()
+
+
+def to_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Write rows as lines of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

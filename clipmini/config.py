@@ -40,11 +40,12 @@ class EvaluationConfig:
 
 @dataclass
 class PathsConfig:
-    """Where things lie; `run` is the directory of this run."""
+    """Where things lie; `run` is the directory of this run, `cache` one of this node."""
 
     sample: str = MISSING
     output: str = MISSING
     run: str = MISSING
+    cache: str = MISSING
 
 
 @dataclass

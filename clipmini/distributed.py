@@ -46,6 +46,15 @@ def all_gather(rows: Tensor) -> Tensor:
     return AllGather.apply(rows) if is_distributed() else rows
 
 
+def all_gather_objects(item: object) -> list:
+    """Collect an object of each process, in the order of ranks."""
+    if not is_distributed():
+        return [item]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Average a tensor over the processes, without gradient."""
     return all_reduce_sum(values) / world_size()

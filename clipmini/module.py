@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from clipmini import distributed
 from clipmini.errors import UserError
 from clipmini.losses import ContrastiveLoss
 from clipmini.model import Model, encode_image, encode_text
@@ -62,9 +63,17 @@ class ClipModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.has_batch_norm and self.trainer.world_size > 1:
             log.warning("this model has BatchNorm: the run depends on the number of processes")
+        loader, step = self.trainer.train_dataloader, self.trainer.global_step
+        assert loader is not None
         # Several things in Lightning can lose the loader's place on a resume, each without a word.
-        loader = self.trainer.train_dataloader
-        assert loader is not None and loader.samples == self.trainer.global_step * loader.batch_size
+        assert loader.samples == step * loader.batch_size, (
+            f"the loader is at sample {loader.samples}, and step {step} of {loader.batch_size} samples each is done"
+        )
+        if len(set(distributed.all_gather_objects(loader.state_dict()["plan"]))) > 1:
+            raise UserError(
+                "data.train: not all processes have the same shards and counts; what differs may be the files, or "
+                "counts kept in paths.cache of a node (`clipmini shards index` counts again)"
+            )
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         image, text = self.embed(batch["image"], batch["text"])

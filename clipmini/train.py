@@ -15,8 +15,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import clipmini
 from clipmini import checkpoint, launch
 from clipmini.config import build, build_all
-from clipmini.console import format_seconds, log_rows, set_up_logging
+from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
 from clipmini.data.decode import EvaluationTransform
+from clipmini.data.health import count_causes
 from clipmini.data.loader import ImageTextData, default_num_workers
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.errors import UserError
@@ -43,11 +44,9 @@ def train(cfg: DictConfig) -> None:
     resume = find_checkpoint(run, config)
 
     launch.check_batch(processes, batch_size=cfg.batch_size, micro_batch=cfg.micro_batch)
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
-    pl.seed_everything(cfg.seed, verbose=False)
     datasets = [read_classification_set(directory) for directory in cfg.evaluation.datasets]
-    data = build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed)
+    data = build_data(cfg)
+    pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
     module = build_module(cfg, config, total_steps)
     tokenize = create_tokenizer(module.model.architecture)
@@ -60,6 +59,7 @@ def train(cfg: DictConfig) -> None:
         OmegaConf.save(cfg, run / "config.yaml")
         log_header(cfg, trainer, module, data)
     fit(trainer, module, data, resume)
+    log_health(run / "quarantine.jsonl", total_steps * cfg.batch_size)
     model = module.model.to(trainer.strategy.root_device)
     if processes.rank == 0:
         checkpoint.export_open_clip(model, run / "model")
@@ -89,6 +89,19 @@ def count_steps(steps: int | None, epochs: float | None, num_samples: int, batch
     if total < 1:
         raise UserError(f"steps={steps}, epochs={epochs}: less than one step of batch_size={batch_size}")
     return total
+
+
+def build_data(cfg: DictConfig) -> ImageTextData:
+    """Find and count the shards, and make the order of samples.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size={cfg.batch_size}: must be 1 or more")
+    return build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed)
 
 
 def build_module(cfg: DictConfig, config: dict[str, Any], total_steps: int) -> ClipModule:
@@ -214,6 +227,16 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
     )
 
 
+def log_health(quarantine: Path, samples_seen: int) -> None:
+    """Say how many samples could not be used, and why."""
+    causes = count_causes(quarantine)
+    if not causes:
+        log.info("data health: all of %s samples were good", f"{samples_seen:,}")
+        return
+    rows = [(cause, f"{count:,}", f"{count / samples_seen:.3%}") for cause, count in causes.most_common()]
+    log_table(f"Bad samples of {samples_seen:,}", ("cause", "samples", "share"), rows)
+
+
 def log_files(run: Path) -> None:
     """Name each file of the run."""
     what = {
@@ -221,6 +244,8 @@ def log_files(run: Path) -> None:
         "train.log": "this output",
         "metrics.csv": "loss, accuracy, scale, learning rate, gradient norm, throughput by step",
         "tensorboard": "the same for `tensorboard --logdir {run}`",
+        "quarantine.jsonl": "samples that could not be used",
+        "ledger": "step, position and key of every sample",
         "results.jsonl": "the table above",
         "checkpoints": "to go on from",
         "model": 'open_clip.create_model_and_transforms("local-dir:{run}/model")',

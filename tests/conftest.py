@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -14,13 +16,16 @@ import hydra
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 import webdataset
 from omegaconf import DictConfig
 from PIL import Image
+from torch.multiprocessing import start_processes
 
 from clipmini import config
 from clipmini.data.augment import Augmentation
+from clipmini.data.cache import ShardCache
+from clipmini.data.loader import ImageTextData
+from clipmini.data.tokenizer import ClipTokenizer
 
 SAMPLE = config.PACKAGE / "sample"
 TINY = {
@@ -60,10 +65,46 @@ def make_augmentation(**changes: Any) -> Augmentation:
     return Augmentation(**{**nothing, **changes})
 
 
+def make_cache(directory: Path, **changes: Any) -> ShardCache:
+    """Make a cache of remote shards in a directory, with little patience."""
+    options = {"max_bytes": None, "fetch_timeout": 30.0, "stall_timeout": 2.0, "storage_options": None}
+    return ShardCache(directory=str(directory), **{**options, **changes})
+
+
+def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int = 9, **changes: Any) -> ImageTextData:
+    """Make the training data of a run of 9 steps of 12 pairs, in small blocks, prepared for a model of 16 pixels."""
+    options = {
+        "caption_key": "txt",
+        "augmentation": make_augmentation(flip=0.5),
+        "draft": "auto",
+        "shuffle_streams": 3,
+        "shuffle_block": 8,
+        "max_member_bytes": 10**7,
+        "max_pixels": 10**7,
+        "max_bad_fraction": 0.01,
+        "num_workers": 0,
+        "start_method": None,
+        "prefetch_factor": 2,
+        "timeout": 60.0,
+        "allow_pipe": False,
+        "ledger": True,
+        "batch_size": 12,
+        "seed": 3,
+    }
+    data = ImageTextData(train=train, cache=cache, **{**options, **changes})  # type: ignore[arg-type]
+    data.prepare(tokenize=ClipTokenizer(24), padding=0, size=size, num_steps=num_steps)
+    return data
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
     """Two threads each would fight over the cores with the processes that tests start."""
     torch.set_num_threads(1)
+    # Processes of tests are forks of one that has loaded all this once, which takes seconds.
+    multiprocessing.set_forkserver_preload(["conftest", "test_model", "clipmini.shards.writer"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # its own sys.path comes too late for what it preloads
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +193,7 @@ def in_processes(count: int, function: Callable, directory: Path, *arguments: ob
 
     The function must be defined at the top of a module.
     """
-    torch.multiprocessing.spawn(_process, (count, function, directory, arguments), nprocs=count)
+    start_processes(_process, (count, function, directory, arguments), nprocs=count, start_method="forkserver")
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 

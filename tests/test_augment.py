@@ -9,6 +9,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from clipmini.data.augment import affine_map, color_map, draw_crop
+from clipmini.data.draws import Draws
+from clipmini.data.picture import to_tensor
 from clipmini.errors import UserError
 
 
@@ -16,16 +18,19 @@ def noise(width: int, height: int, low: int = 0, high: int = 256) -> Image.Image
     return Image.fromarray(np.random.default_rng(0).integers(low, high, (height, width, 3), np.uint8))
 
 
-def test_nothing_but_a_resize() -> None:
-    image = noise(50, 40)
-    plain = make_augmentation(scale=(1, 1), ratio=(1.25, 1.25))
-    found = plain(image, 32, np.random.default_rng(0))
-    assert np.array_equal(np.asarray(found), np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)))
+def change(image: Image.Image, draws: Draws | None = None, **changes: object) -> np.ndarray:
+    """Change a picture that is cropped already."""
+    picture = make_augmentation(**changes).change(to_tensor(image), draws or Draws(0))
+    return picture.permute(1, 2, 0).numpy()
+
+
+def test_nothing_is_changed_unless_asked() -> None:
+    assert np.array_equal(change(noise(32, 32)), np.asarray(noise(32, 32)))
 
 
 def test_crop_covers_its_range_and_stays_inside() -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.array([draw_crop(200, 200, (0.3, 0.9), (0.75, 4 / 3), rng) for _ in range(3000)])
+    draws = Draws(0)
+    boxes = np.array([draw_crop(200, 200, (0.3, 0.9), (0.75, 4 / 3), draws) for _ in range(3000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 200).all()
     area, ratio = width * height / 200**2, width / height
@@ -35,7 +40,7 @@ def test_crop_covers_its_range_and_stays_inside() -> None:
 
 
 def test_crop_falls_back_to_the_centre() -> None:
-    assert draw_crop(1000, 10, (0.9, 1.0), (0.75, 4 / 3), np.random.default_rng(0)) == (493, 0, 506, 10)
+    assert draw_crop(1000, 10, (0.9, 1.0), (0.75, 4 / 3), Draws(0)) == (493, 0, 506, 10)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,7 @@ def test_crop_falls_back_to_the_centre() -> None:
 )
 def test_affine_map_is_torchvisions(rotation: float, zoom: float, shift: tuple[int, int]) -> None:
     image = noise(40, 40)
-    coefficients = affine_map(40, rotation=rotation, zoom=zoom, shear=0, shift=np.array(shift))
+    coefficients = affine_map(40, rotation=rotation, zoom=zoom, shear=0, shift=shift)
     bilinear = Image.Resampling.BILINEAR
     found = image.transform((40, 40), Image.Transform.AFFINE, coefficients, bilinear, fillcolor=(9, 9, 9))
     # Torchvision turns clockwise.
@@ -58,7 +63,7 @@ def test_shear_moves_rows_by_their_height() -> None:
     image = Image.new("RGB", (41, 41))
     for y in range(41):
         image.putpixel((20, y), (255, 255, 255))
-    coefficients = affine_map(41, rotation=0, zoom=1, shear=45, shift=np.zeros(2))
+    coefficients = affine_map(41, rotation=0, zoom=1, shear=45, shift=(0, 0))
     sheared = np.asarray(image.transform((41, 41), Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST))
     assert all(sheared[y, y].tolist() == [255] * 3 for y in range(41))  # down is right
 
@@ -104,26 +109,16 @@ def test_order_of_the_maps() -> None:
 
 
 def test_grayscale_and_flip_come_as_often_as_asked() -> None:
-    image = noise(16, 16)
-    rng = np.random.default_rng(0)
-    plain = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
-    flips = greys = 0
-    for _ in range(400):
-        found = np.asarray(make_augmentation(scale=(1, 1), ratio=(1, 1), flip=0.25)(image, 16, rng))
-        flips += np.array_equal(found, plain[:, ::-1])
-        found = np.asarray(make_augmentation(scale=(1, 1), ratio=(1, 1), grayscale_probability=0.5)(image, 16, rng))
-        greys += int(np.ptp(found, axis=2).max() <= 1)
+    image, draws = noise(16, 16), Draws(0)
+    plain = np.asarray(image)
+    flips = sum(np.array_equal(change(image, draws, flip=0.25), plain[:, ::-1]) for _ in range(400))
+    greys = sum(np.ptp(change(image, draws, grayscale_probability=0.5), axis=2).max() <= 1 for _ in range(400))
     assert flips / 400 == pytest.approx(0.25, abs=0.07) and greys / 400 == pytest.approx(0.5, abs=0.08)
 
 
 def test_what_comes_from_outside_is_filled() -> None:
-    image = Image.new("RGB", (20, 20), (0, 0, 0))
-    found = np.asarray(make_augmentation(scale=(1, 1), ratio=(1, 1), zoom=(0.5, 0.5), fill=200)(image, 20, rng()))
+    found = change(Image.new("RGB", (20, 20), (0, 0, 0)), zoom=(0.5, 0.5), fill=200)
     assert found[0, 0].tolist() == [200] * 3 and found[10, 10].tolist() == [0] * 3
-
-
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ COLUMNS = {
     "train/grad_norm",
     "throughput/samples_per_second",
     "throughput/data_wait",
+    "data/bad_samples",
 }
 
 

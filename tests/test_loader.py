@@ -1,125 +1,199 @@
-"""Batches: the same global batch for any number of ranks and workers, and from any step on."""
+"""Batches: the same for any number of ranks and workers, from any step on, whatever is broken in the shards."""
 
-import logging
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_augmentation, read_sample, write_tar
+from conftest import make_cache, make_data, write_tar
+from PIL import Image
+from servers import serve
 
-from clipmini.data.decode import Captions, Decoder
-from clipmini.data.loader import BatchPositions, ImageTextData, PairDataset, TrainLoader
-from clipmini.data.manifest import read_manifest
-from clipmini.data.plan import Plan
-from clipmini.data.store import PairFormat, ShardStore
-from clipmini.data.tokenizer import ClipTokenizer
+from clipmini.data.dataset import Batch
+from clipmini.data.loader import TrainLoader, default_num_workers
 from clipmini.errors import UserError
 
 
-def make_loader(
-    directory: Path, *, batch_size: int = 12, num_steps: int = 9, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> TrainLoader:
-    manifest = read_manifest(str(directory), PairFormat())
-    decoder = Decoder(16, make_augmentation(flip=0.5), Captions.from_key("txt"), ClipTokenizer(24), seed=3)
-    dataset = PairDataset(manifest, Plan(manifest, 3), ShardStore(PairFormat()), decoder)
-    return TrainLoader(
-        dataset,
-        batch_size=batch_size,
-        num_steps=num_steps,
-        rank=rank,
-        world_size=world_size,
-        num_workers=workers,
-        padding=None,
-        pin_memory=False,
-    )
+def load(directory: object, tmp_path: Path, *, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainLoader:
+    train = directory if isinstance(directory, dict) else str(directory)
+    return make_data(train, make_cache(tmp_path / "cache"), **changes).loader(rank, world_size, 1)
 
 
-def test_global_batches_do_not_depend_on_ranks_and_workers(shards: Path) -> None:
-    expected = list(make_loader(shards))
-    assert len(expected) == 9 and len(expected[0]["id"]) == 12
-    for world_size, workers in ((1, 1), (1, 3), (2, 0), (3, 0), (4, 1), (6, 0)):
-        parts = [
-            list(make_loader(shards, rank=rank, world_size=world_size, workers=workers)) for rank in range(world_size)
-        ]
-        for step, batch in enumerate(expected):
-            for name, values in batch.items():
-                found = torch.cat([part[step][name] for part in parts])
-                assert torch.equal(found, values), (world_size, workers, step, name)
+def is_equal(a: Batch, b: Batch) -> bool:
+    """Compare batches, whose texts are padded to the longest of each."""
+    longest = max(a["text"].shape[1], b["text"].shape[1])
+    texts = [torch.nn.functional.pad(x["text"], (0, longest - x["text"].shape[1])) for x in (a, b)]
+    lists = all(a[name] == b[name] for name in ("position", "key"))
+    return lists and torch.equal(*texts) and all(torch.equal(a[name], b[name]) for name in ("image", "id"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_at_every_step(workers: int, shards: Path) -> None:
-    expected = list(make_loader(shards))
-    for done in range(9):
-        first = make_loader(shards, workers=workers)
-        iterator = iter(first)
-        for _ in range(done):
-            next(iterator)
-        second = make_loader(shards)
-        second.load_state_dict(first.state_dict())
+def join(parts: Iterable[Batch]) -> Batch:
+    """Put the parts of ranks together."""
+    parts = list(parts)
+    longest = max(part["text"].shape[1] for part in parts)
+    texts = [torch.nn.functional.pad(part["text"], (0, longest - part["text"].shape[1])) for part in parts]
+    lists = {name: [item for part in parts for item in part[name]] for name in ("position", "key")}
+    return {
+        **lists,
+        "text": torch.cat(texts),
+        **{name: torch.cat([part[name] for part in parts]) for name in ("image", "id")},
+    }
+
+
+def test_batches_are_as_described(shards: Path, tmp_path: Path) -> None:
+    loader = load(shards, tmp_path, caption_key="name")
+    batches = list(loader)
+    assert len(batches) == len(loader) == 9 and loader.samples == 9 * 12
+    for step, batch in enumerate(batches):
+        assert sorted(batch["position"]) == list(range(12 * step, 12 * step + 12))
+        assert batch["image"].shape == (12, 3, 16, 16) and batch["image"].dtype == torch.uint8
+        assert batch["text"].dtype == batch["id"].dtype == torch.int64 and len(batch["text"]) == len(batch["id"]) == 12
+        assert batch["text"].shape[1] == int((batch["text"] != 0).sum(dim=1).max()) < 24  # trimmed
+    assert len({key for batch in batches for key in batch["key"]}) == 64
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_global_batches_do_not_depend_on_ranks_and_workers(
+    world_size: int, workers: int, shards: Path, tmp_path: Path
+) -> None:
+    options = {"batch_size": 24, "num_steps": 4}
+    expected = list(load(shards, tmp_path, **options))
+    parts = [
+        list(load(shards, tmp_path, rank=rank, world_size=world_size, num_workers=workers, **options))
+        for rank in range(world_size)
+    ]
+    assert [len(part) for part in parts] == [4] * world_size
+    for step, batch in enumerate(expected):
+        assert is_equal(join(part[step] for part in parts), batch), step
+
+
+@pytest.mark.parametrize(("workers", "then"), [(0, 0), (2, 0), (0, 1), (3, 2)])
+def test_resume_at_every_step_equals_uninterrupted(workers: int, then: int, shards: Path, tmp_path: Path) -> None:
+    expected = list(load(shards, tmp_path))
+    for done in range(10):
+        first = load(shards, tmp_path, num_workers=workers)
+        for _, _batch in zip(range(done), first, strict=False):
+            pass
+        state = first.state_dict()
+        assert state == {"samples": 12 * done, "plan": first.dataset.plan.digest()}  # however many workers read ahead
+        second = load(shards, tmp_path, num_workers=then)
+        second.load_state_dict(state)
         rest = list(second)
         assert len(rest) == 9 - done and len(second) == 9
-        for found, batch in zip(rest, expected[done:], strict=True):
-            assert all(torch.equal(found[name], batch[name]) for name in batch)
+        assert all(is_equal(*pair) for pair in zip(rest, expected[done:], strict=True))
 
 
-def test_state_is_refused_when_the_shards_are_others(shards: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", read_sample("train/noto-00000.tar", 20))
-    state = make_loader(shards).state_dict()
-    assert set(state) == {"samples", "plan"}
-    with pytest.raises(UserError, match="other shards, weights or seed"):
-        make_loader(tmp_path).load_state_dict(state)
+def test_resume_of_a_mixture(shards: Path, tmp_path: Path) -> None:
+    train = {"x": {"shards": f"{shards}/a.tar", "weight": 2}, "y": {"shards": f"{shards}/{{b,c}}.tar", "weight": 1}}
+    expected = list(load(train, tmp_path, num_steps=40))
+    second = load(train, tmp_path, num_steps=40)
+    second.load_state_dict({"samples": 17 * 12, "plan": second.dataset.plan.digest()})
+    assert all(is_equal(*pair) for pair in zip(second, expected[17:], strict=True))
 
 
-def test_bad_samples_are_replaced_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = read_sample("train/noto-00000.tar", 12)
-    samples[3]["webp"] = samples[3]["webp"][:100]
-    samples[7]["txt"] = b"  "
-    write_tar(tmp_path / "a.tar", samples)
-    with caplog.at_level(logging.WARNING):
-        batches = list(make_loader(tmp_path, num_steps=1))
-    ids = batches[0]["id"].tolist()
-    assert len(ids) == 12 and len(set(ids)) == 10  # the neighbours of the two came twice
-    for number in (3, 7):
-        assert any(samples[number]["__key__"] in message for message in caplog.messages)
+START = """
+import sys
+from pathlib import Path
+from conftest import make_cache, make_data
+if __name__ == "__main__":
+    for method in ("forkserver", "spawn"):
+        cache = make_cache(Path(sys.argv[2]))
+        data = make_data(sys.argv[1], cache, num_workers=1, start_method=method, num_steps=4)
+        for batch in data.loader(0, 1, 1):
+            print(batch["key"], batch["image"].sum().item(), batch["text"].sum().item())
+"""
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_bad_samples_stops(workers: int, tmp_path: Path) -> None:
-    samples = read_sample("train/noto-00000.tar", 12)
-    for sample in samples:
-        sample["webp"] = b"broken"
-    write_tar(tmp_path / "a.tar", samples)
-    with pytest.raises(UserError, match=r"no usable sample in 12 tries in .*a\.tar") as caught:
-        list(make_loader(tmp_path, workers=workers))
-    assert "\n" not in str(caught.value)
+def test_workers_may_be_started_in_any_way(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "start.py").write_text(START)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(tmp_path / "start.py"), str(shards), str(tmp_path / "cache")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    batches = load(shards, tmp_path, num_steps=4, num_workers=1, start_method="fork")
+    expected = [f"{b['key']} {b['image'].sum().item()} {b['text'].sum().item()}" for b in batches]
+    assert result.stdout.splitlines() == expected * 2
 
 
-def test_positions_of_a_rank() -> None:
-    positions = BatchPositions(batch_size=6, rank=1, world_size=3, first_step=2, num_steps=4)
-    assert list(positions) == [[14, 15], [20, 21]] and len(positions) == 2
+def test_state_of_other_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    state = load(shards, tmp_path).state_dict()
+    for changes in ({"seed": 4}, {"shuffle_block": 9}):
+        with pytest.raises(UserError, match=r"other shards, counts, weights, seed or shuffling \(plan .*, now .*\)"):
+            load(shards, tmp_path, **changes).load_state_dict(state)
+    with pytest.raises(UserError, match="give back data.train"):
+        load(shards / "a.tar", tmp_path).load_state_dict(state)
 
 
-def make_data(train: str, **changes: object) -> ImageTextData:
-    options = {"caption_key": "txt", "augmentation": make_augmentation(), "num_workers": 0, "batch_size": 8, "seed": 0}
-    return ImageTextData(train=train, **{**options, **changes})  # type: ignore[arg-type]
+def test_a_worker_that_is_killed_is_one_message(shards: Path, tmp_path: Path) -> None:
+    loader = load(shards, tmp_path, num_workers=2, num_steps=100_000)
+    batches = iter(loader)
+    next(batches)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(UserError, match=r"the data did not come: DataLoader worker \(pid.* \d+\) .*data.num_workers=2"):
+        for _ in batches:
+            pass
 
 
-def test_batch_larger_than_the_data(shards: Path) -> None:
+def test_a_reader_that_is_stuck_ends_in_a_message(shards: Path, tmp_path: Path) -> None:
+    with serve(shards) as server:
+        cache = make_cache(tmp_path / "cache", stall_timeout=60.0, fetch_timeout=600.0)
+        (tmp_path / "sizes").mkdir()
+        data = make_data(f"{server.url}/a.tar", cache, num_workers=1, timeout=3.0)
+        cache.path(data.manifest.sources[0].shards[0]).unlink()  # it was fetched to be counted
+        server.faults["a.tar"] = ["stall"] * 9
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"the data did not come: .*timed out after 3.0 seconds.*data.timeout=3"):
+            next(iter(data.loader(0, 1, 1)))
+        assert time.monotonic() - start < 60  # a bound, not a measurement
+
+
+def test_batch_larger_than_the_data(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size=65 is larger than the data: data.train has 64 pairs"):
-        make_data(str(shards), batch_size=65)
+        load(shards, tmp_path, batch_size=65)
 
 
-def test_negative_workers(shards: Path) -> None:
-    with pytest.raises(UserError, match="data.num_workers=-1"):
-        make_data(str(shards), num_workers=-1)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_workers", -1, "data.num_workers=-1: must be 0 or more"),
+        ("prefetch_factor", 0, "data.prefetch_factor=0: must be 1 or more"),
+        ("timeout", 0.0, "data.timeout=0.0: must be 0.1 or more"),
+        ("max_member_bytes", 0, "data.max_member_bytes=0: must be 1 or more"),
+        ("max_pixels", 10**9, "data.max_pixels=1000000000: must be from 1 to 178956970"),
+        ("max_bad_fraction", 1.5, "data.max_bad_fraction=1.5: must be from 0 to 1"),
+    ],
+)
+def test_limits(name: str, value: float, message: str, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load(shards, tmp_path, **{name: value})
 
 
-def test_captions_in_json_alone(tmp_path: Path) -> None:
-    samples = read_sample("train/noto-00000.tar", 8)
-    for sample in samples:
-        del sample["txt"]
-    write_tar(tmp_path / "a.tar", samples)
-    assert make_data(str(tmp_path), caption_key="name").manifest.num_samples == 8
-    with pytest.raises(UserError, match="no picture-caption pairs"):
-        make_data(str(tmp_path))
+def test_workers_by_default_leave_a_core_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipmini.data.loader.count_cores", lambda: 16)
+    assert [default_num_workers(ranks) for ranks in (1, 2, 4, 16)] == [8, 7, 3, 1]
+
+
+def test_memory_of_workers_stays_flat(tmp_path: Path) -> None:
+    """50,000 samples of ever new captions: what is kept of them would be seen."""
+    buffer = io.BytesIO()
+    Image.effect_noise((10, 10), 90).save(buffer, "PNG")
+    png = buffer.getvalue()
+    texts = ({"__key__": f"{n:05d}", "png": png, "txt": f"word{n} other{n * 7}".encode()} for n in range(5000))
+    write_tar(tmp_path / "shards/x.tar", list(texts))
+    loader = load(tmp_path / "shards", tmp_path, batch_size=250, num_steps=210, num_workers=1, size=8)
+    sizes = []
+    for step, _ in enumerate(loader):
+        if step % 10 == 9:
+            (worker,) = multiprocessing.active_children()
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            sizes.append(int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))))
+    assert len(sizes) == 21
+    assert max(sizes[10:]) < 1.02 * max(sizes[:10])

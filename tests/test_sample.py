@@ -3,13 +3,14 @@
 import hashlib
 import io
 import json
+from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, read_sample
+from conftest import SAMPLE, make_cache, read_sample
 from PIL import Image
 
+from clipmini.data.index import PairFormat
 from clipmini.data.manifest import read_manifest
-from clipmini.data.store import PairFormat
 from clipmini.evaluation.datasets import read_classification_set
 
 LIMIT = 10_000  # more samples than any shard has
@@ -38,8 +39,8 @@ def test_training_samples(shard: str) -> None:
         assert Image.open(io.BytesIO(sample["webp"])).size == (64, 64)
 
 
-def test_counts() -> None:
-    manifest = read_manifest(str(SAMPLE / "train"), PairFormat(("json", "txt")))
+def test_counts(tmp_path: Path) -> None:
+    manifest = read_manifest(str(SAMPLE / "train"), PairFormat(("json", "txt")), make_cache(tmp_path))
     by_style = {"noto": 0, "fluent": 0}
     for shard in manifest.sources[0].shards:
         by_style[shard.path.split("/")[-1].split("-")[0]] += shard.num_samples

@@ -1,7 +1,9 @@
 """Token ids equal to open_clip's own tokenizer."""
 
 import pickle
+import pydoc_data.topics
 import random
+import unicodedata
 
 import open_clip
 import pytest
@@ -36,9 +38,25 @@ def random_ascii(count: int) -> list[str]:
     return ["".join(rng.choices(parts, k=rng.randrange(1, 30))) for _ in range(count)]
 
 
-def test_same_ids_as_open_clip() -> None:
+def prose(count: int) -> list[str]:
+    """Cut texts of caption length out of Python's own manual."""
+    rng = random.Random(2)
+    words = " ".join(pydoc_data.topics.topics.values()).split(" ")
+    starts = (rng.randrange(len(words) - 40) for _ in range(count))
+    return [" ".join(words[start : start + rng.randrange(1, 40)]) for start in starts]
+
+
+def characters(count: int) -> list[str]:
+    """Put characters of every script beside their names."""
+    rng = random.Random(3)
+    named = [chr(code) for code in range(0x110000) if unicodedata.name(chr(code), "")]
+    return [f"{unicodedata.name(character)}: {character}" for character in rng.sample(named, count)]
+
+
+def test_same_ids_as_open_clip_on_a_hundred_thousand_captions() -> None:
     names = (SAMPLE / "wds_twemoji/classnames.txt").read_text().splitlines()
-    texts = [*HAND_PICKED, *names, *random_texts(1000), *random_ascii(1000)]
+    texts = [*HAND_PICKED, *names, *prose(44_000), *characters(34_000), *random_texts(10_200), *random_ascii(10_200)]
+    assert len(texts) > 100_000
     ours, theirs = ClipTokenizer(77)(texts), open_clip.SimpleTokenizer(context_length=77)(texts)
     different = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert not different
@@ -52,9 +70,21 @@ def test_same_ids_for_every_way_of_cleaning(clean: str) -> None:
     torch.testing.assert_close(ClipTokenizer(20, clean)(texts), theirs, rtol=0, atol=0)
 
 
-def test_special_tokens_in_a_caption_are_plain_text() -> None:
-    ids = ClipTokenizer(77)(["a <end_of_text> b <start_of_text>"])[0].tolist()
-    assert ids.count(49407) == 1 and ids.count(49406) == 1
+def test_special_tokens_in_captions_are_plain_text() -> None:
+    rng = random.Random(4)
+    parts = [
+        "<end_of_text>",
+        "<start_of_text>",
+        "<|endoftext|>",
+        "&lt;end_of_text&gt;",
+        "<END_OF_TEXT>",
+        " a ",
+        "b",
+        "<",
+    ]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(1, 7))) for _ in range(500)]
+    for text, ids in zip(texts, ClipTokenizer(77)(texts).tolist(), strict=True):
+        assert ids[0] == 49406 and ids.count(49406) == 1 and ids.count(49407) == 1, text
 
 
 def test_long_captions_are_cut_and_keep_their_end() -> None:

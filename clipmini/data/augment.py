@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from clipmini.data.draws import Draws
+from clipmini.data.picture import Box, to_tensor
 from clipmini.errors import UserError
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
@@ -17,7 +20,7 @@ MID_GREY = 128.0
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random resized crop, flip, affine map and colour jitter, in that order, each drawn from the generator given.
+    """Random resized crop, flip, affine map and colour jitter, in that order, each drawn from the numbers given.
 
     Attributes:
         scale: range of the crop's share of the picture's area.
@@ -66,62 +69,77 @@ class Augmentation:
             if not right:
                 raise UserError(f"data.augmentation.{name}={getattr(self, name)} is out of range")
 
-    def __call__(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Return a picture of size x size pixels."""
-        box = draw_crop(image.width, image.height, self.scale, self.ratio, rng)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        if rng.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.rotation or self.translation or self.shear or tuple(self.zoom) != (1.0, 1.0):
-            coefficients = affine_map(
-                size,
-                rotation=rng.uniform(-self.rotation, self.rotation),
-                zoom=math.exp(rng.uniform(*np.log(self.zoom))),
-                shear=rng.uniform(-self.shear, self.shear),
-                shift=rng.uniform(-self.translation, self.translation, size=2) * size,
-            )
+    def draw_box(self, width: int, height: int, draws: Draws) -> Box:
+        """Draw the part of a picture that is used."""
+        return draw_crop(width, height, self.scale, self.ratio, draws)
+
+    def change(self, picture: Tensor, draws: Draws) -> Tensor:
+        """Change a picture that is cropped already: uint8 [3, size, size] to the same."""
+        if draws.random() < self.flip:
+            picture = picture.flip(2)
+        size = picture.shape[1]
+        coefficients = self.draw_affine_map(size, draws)
+        colors = self.draw_colors(draws)
+        if coefficients is None and colors is None:
+            return picture
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        if coefficients:
             fill = (self.fill,) * 3
             method = Image.Transform.AFFINE
             image = image.transform((size, size), method, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
-        return image.convert("RGB", matrix) if (matrix := self.draw_colors(rng)) else image
+        return to_tensor(image.convert("RGB", colors) if colors else image)
 
-    def draw_colors(self, rng: np.random.Generator) -> tuple[float, ...] | None:
+    def draw_affine_map(self, size: int, draws: Draws) -> tuple[float, ...] | None:
+        """Draw an affine map as Pillow wants it, or None if there is never any."""
+        if not (self.rotation or self.translation or self.shear or tuple(self.zoom) != (1.0, 1.0)):
+            return None
+        return affine_map(
+            size,
+            rotation=draws.uniform(-self.rotation, self.rotation),
+            zoom=math.exp(draws.uniform(math.log(self.zoom[0]), math.log(self.zoom[1]))),
+            shear=draws.uniform(-self.shear, self.shear),
+            shift=(
+                draws.uniform(-self.translation, self.translation) * size,
+                draws.uniform(-self.translation, self.translation) * size,
+            ),
+        )
+
+    def draw_colors(self, draws: Draws) -> tuple[float, ...] | None:
         """Draw a map of colours: the 12 numbers of a 3 x 4 matrix, or None to leave them."""
         brightness = contrast = saturation = 1.0
         hue = 0.0
-        if self.color_jitter and rng.random() < self.color_jitter_probability:
-            relative = 1 + rng.uniform(-1, 1, size=3) * self.color_jitter[:3]
-            brightness, contrast, saturation = relative
-            hue = rng.uniform(-1, 1) * self.color_jitter[3]
-        if rng.random() < self.grayscale_probability:
+        if self.color_jitter and draws.random() < self.color_jitter_probability:
+            brightness, contrast, saturation = (1 + draws.uniform(-limit, limit) for limit in self.color_jitter[:3])
+            hue = draws.uniform(-1, 1) * self.color_jitter[3]
+        if draws.random() < self.grayscale_probability:
             saturation = 0.0
         if (brightness, contrast, saturation, hue) == (1, 1, 1, 0):
             return None
         return color_map(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
 
-def draw_crop(
-    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Draw the box (left, top, right, bottom) of a random resized crop.
+def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws) -> Box:
+    """Draw the box of a random resized crop.
 
     Ten tries of a uniform area and a log-uniform aspect ratio, else the largest central box within the ratios: the
     rule of `torchvision.transforms.RandomResizedCrop`.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
+        area = width * height * draws.uniform(*scale)
+        aspect = math.exp(draws.uniform(*log_ratio))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left, top = draws.below(width - w + 1), draws.below(height - h + 1)
             return left, top, left + w, top + h
     w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def affine_map(size: int, *, rotation: float, zoom: float, shear: float, shift: np.ndarray) -> tuple[float, ...]:
+def affine_map(
+    size: int, *, rotation: float, zoom: float, shear: float, shift: tuple[float, float]
+) -> tuple[float, ...]:
     """Return what Pillow wants of an affine map about the centre: where each pixel of the result comes from.
 
     Args:
@@ -129,13 +147,13 @@ def affine_map(size: int, *, rotation: float, zoom: float, shear: float, shift: 
         rotation: degrees, counter-clockwise as seen.
         zoom: above 1 enlarges.
         shear: degrees along x.
-        shift: pixels right and down, [2].
+        shift: pixels right and down.
     """
     angle, slope = math.radians(rotation), math.tan(math.radians(shear))
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     # The inverse of zoom * rotation * shear: first back by the rotation, then by the shear.
     a, b, d, e = cos + slope * -sin, -sin - slope * cos, sin, cos
-    x, y = size / 2 + shift
+    x, y = size / 2 + shift[0], size / 2 + shift[1]
     return a, b, size / 2 - a * x - b * y, d, e, size / 2 - d * x - e * y
 
 

@@ -1,45 +1,20 @@
 """The bytes of a sample to tensors: a uint8 picture and token ids, every random choice drawn from its position."""
 
-import hashlib
-import io
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from clipmini.data.augment import Augmentation
-from clipmini.data.plan import SAMPLE, generator
+from clipmini.data.captions import Captions, caption_id
+from clipmini.data.draws import Draws
+from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
-from clipmini.errors import UserError
-
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow would try all it knows, one after the other
-DECODE_ERRORS = (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError)
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Decode a picture to RGB: upright by its EXIF tag, transparency over white, 16 bits scaled to 8."""
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return a picture as uint8 [3, height, width]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -68,48 +43,22 @@ class EvaluationTransform:
         return to_tensor(image)
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Which caption of a sample is used: `txt`, a key of its json, or several of them with probabilities."""
+class Example(NamedTuple):
+    """A decoded sample."""
 
-    probabilities: Mapping[str, float]
-
-    @classmethod
-    def from_key(cls, key: str | Mapping[str, float]) -> "Captions":
-        """Read `data.caption_key`.
-
-        Raises:
-            UserError: probabilities that do not add up to 1.
-        """
-        probabilities = {key: 1.0} if isinstance(key, str) else dict(key)
-        if any(p < 0 for p in probabilities.values()) or not math.isclose(sum(probabilities.values()), 1.0):
-            raise UserError(f"data.caption_key={probabilities}: the probabilities must be positive and add up to 1")
-        return cls(probabilities)
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        """The members that hold the captions."""
-        return tuple(sorted({"txt" if key == "txt" else "json" for key in self.probabilities}))
-
-    def draw(self, members: Mapping[str, bytes], rng: np.random.Generator) -> str:
-        """Return one caption; of a list of captions, each is as likely."""
-        keys = list(self.probabilities)
-        key = keys[rng.choice(len(keys), p=list(self.probabilities.values()))] if len(keys) > 1 else keys[0]
-        value = members["txt"].decode() if key == "txt" else json.loads(members["json"])[key]
-        if isinstance(value, list):
-            value = value[rng.integers(len(value))]
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"the caption {key!r} is {value!r}")
-        return value.strip()
+    image: Tensor  # uint8 [3, size, size]
+    caption: str
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns the members of a sample into what a batch holds.
+    """Turns the members of samples into what a batch holds.
 
     Attributes:
         size: pixels of the picture.
         seed: with the position, the whole state of every random choice.
+        max_pixels: larger pictures are refused.
+        draft: `auto` decodes large JPEGs at a part of their size, `off` never does.
     """
 
     size: int
@@ -117,24 +66,28 @@ class Decoder:
     captions: Captions
     tokenize: Tokenize
     seed: int
+    max_pixels: int
+    draft: Literal["auto", "off"]
 
-    def __call__(self, members: Mapping[str, bytes], position: int) -> dict[str, Tensor]:
-        """Decode a sample: image uint8 [3, size, size], text int64 [context], id int64 [] (equal captions, equal id).
+    def decode(self, members: Mapping[str, bytes], position: int) -> Example:
+        """Decode a sample.
 
         Raises:
-            DECODE_ERRORS: the picture or the caption cannot be used.
+            Fault: the picture or the caption cannot be used.
         """
-        rng = generator(self.seed, SAMPLE, position)
-        caption = self.captions.draw(members, rng)
-        picture = next(data for extension, data in members.items() if extension not in ("txt", "json"))
+        draws = Draws(self.seed, position)
+        caption = self.captions.draw(members, draws)
+        data = next(data for extension, data in members.items() if extension not in ("txt", "json"))
+        picture = Picture(data, max_pixels=self.max_pixels)
+        box = self.augmentation.draw_box(picture.width, picture.height, draws)
+        return Example(self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws), caption)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Make a batch: image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal
+        id)."""
+        captions = [example.caption for example in examples]
         return {
-            "image": to_tensor(self.augmentation(open_image(picture), self.size, rng)),
-            "text": self.tokenize([caption])[0],
-            "id": torch.tensor(caption_id(caption)),
+            "image": torch.stack([example.image for example in examples]),
+            "text": self.tokenize(captions),
+            "id": torch.tensor([caption_id(caption) for caption in captions]),
         }
-
-
-def caption_id(caption: str) -> int:
-    """Hash a caption to a signed 64-bit integer; case and white space do not count."""
-    digest = hashlib.blake2b(" ".join(caption.lower().split()).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -1,58 +1,27 @@
 """Batches for the trainer: the plan's positions, read and decoded by workers, resumable at any step."""
 
-import logging
-import os
 import signal
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from clipmini.data.augment import Augmentation
-from clipmini.data.decode import DECODE_ERRORS, Captions, Decoder
-from clipmini.data.manifest import Manifest, read_manifest
+from clipmini.data.cache import ShardCache
+from clipmini.data.dataset import BAD, Batch, PairDataset
+from clipmini.data.decode import Captions, Decoder
+from clipmini.data.health import Health
+from clipmini.data.index import PairFormat
+from clipmini.data.manifest import read_manifest
 from clipmini.data.plan import Plan
-from clipmini.data.store import PairFormat, ShardStore
+from clipmini.data.processes import count_cores
+from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
-
-log = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]  # image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b]
-MAX_BAD_IN_A_ROW = 100
-
-
-class PairDataset(Dataset):
-    """The sample at each position. A sample that cannot be used is replaced by the next one of its shard."""
-
-    def __init__(self, manifest: Manifest, plan: Plan, store: ShardStore, decoder: Decoder) -> None:
-        self.manifest = manifest
-        self.plan = plan
-        self.store = store
-        self.decoder = decoder
-
-    def __getitem__(self, position: int) -> Batch | UserError:
-        source, number, index = self.plan.lookup(position)
-        shard = self.manifest.sources[source].shards[number]
-        for attempt in range(min(shard.num_samples, MAX_BAD_IN_A_ROW)):
-            candidate = (index + attempt) % shard.num_samples
-            try:
-                return self.decoder(self.store.read(shard.path, candidate), position)
-            except DECODE_ERRORS as error:
-                key = self.store.key(shard.path, candidate)
-                log.warning("bad sample %s in %s, the next one takes its place: %s", key, shard.path, error)
-        return UserError(f"no usable sample in {attempt + 1} tries in {shard.path}, from {key} back")
-
-
-def collate(samples: Sequence[Any]) -> Any:
-    """Stack samples; an error travels to the main process as a value, so that it stays one message."""
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-    return default_collate(list(samples))
 
 
 def ignore_interrupts(_: int) -> None:
@@ -62,32 +31,48 @@ def ignore_interrupts(_: int) -> None:
 
 def default_num_workers(local_ranks: int) -> int:
     """Return the cores there are for each rank of this machine, less one for training, from 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // local_ranks - 1))
+    return max(1, min(8, count_cores() // local_ranks - 1))
+
+
+def pass_on(batch: Any) -> Any:
+    """Leave a batch as the data set made it."""
+    return batch
 
 
 class BatchPositions:
-    """The positions of this rank's slice of each global batch, from a step on."""
+    """The positions of this rank's part of each global batch, from a step on."""
 
-    def __init__(self, *, batch_size: int, rank: int, world_size: int, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self, plan: Plan, *, batch_size: int, rank: int, world_size: int, first_step: int, num_steps: int
+    ) -> None:
+        self.plan = plan
         self.batch_size = batch_size
-        self.local = batch_size // world_size
-        self.offset = rank * self.local
+        self.rank = rank
+        self.world_size = world_size
         self.steps = range(first_step, num_steps)
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         for step in self.steps:
-            first = step * self.batch_size + self.offset
-            yield list(range(first, first + self.local))
+            yield np.split(self.plan.batch(step, self.batch_size), self.world_size)[self.rank]
 
 
 class TrainLoader:
     """Yields this rank's batches; its state is the number of samples given out, the same on every rank.
 
     The length is that of the whole run, also after a resume: Lightning counts the batches before it in.
+
+    Args:
+        dataset: gives a batch for positions.
+        batch_size: global.
+        num_steps: of the whole run.
+        num_workers: processes; 0 reads in this one.
+        start_method: of the workers, or null for Python's.
+        prefetch_factor: batches that each worker has ready.
+        timeout: seconds after which a batch that does not come ends the run.
+        padding: the token that is cut off the end of captions, if any.
     """
 
     def __init__(
@@ -99,6 +84,9 @@ class TrainLoader:
         rank: int,
         world_size: int,
         num_workers: int,
+        start_method: str | None,
+        prefetch_factor: int,
+        timeout: float,
         padding: int | None,
         pin_memory: bool,
     ) -> None:
@@ -108,34 +96,63 @@ class TrainLoader:
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
+        self.start_method = start_method
+        self.prefetch_factor = prefetch_factor
+        self.timeout = timeout
         self.padding = padding
         self.pin_memory = pin_memory
         self.samples = 0
+        self.health = Health(world_size)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
+        for batch in self.read_batches():
+            if isinstance(batch, UserError):
+                raise batch
+            self.health.record(len(batch["image"]), batch.pop(BAD))
+            self.samples += self.batch_size
+            yield {**batch, "text": trim(batch["text"], self.padding)}
+
+    def read_batches(self) -> Iterator[Batch | UserError]:
+        """Run the workers.
+
+        Raises:
+            UserError: one of them died, or a batch did not come in time.
+        """
         positions = BatchPositions(
+            self.dataset.plan,
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
             first_step=self.samples // self.batch_size,
             num_steps=self.num_steps,
         )
+        has_workers = self.num_workers > 0
         loader = DataLoader(
             self.dataset,
-            batch_sampler=positions,
+            sampler=positions,  # of whole batches, so that none are made of single items
+            batch_size=None,
+            collate_fn=pass_on,
             num_workers=self.num_workers,
-            collate_fn=collate,
+            multiprocessing_context=self.start_method if has_workers else None,
+            prefetch_factor=self.prefetch_factor if has_workers else None,
+            timeout=self.timeout if has_workers else 0,
             pin_memory=self.pin_memory,
             worker_init_fn=ignore_interrupts,
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            self.samples += self.batch_size
-            yield {**batch, "text": trim(batch["text"], self.padding)}
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the data did not come: {reason} (data.timeout={self.timeout:g} seconds, data.num_workers="
+                f"{self.num_workers}; a worker that is killed may have had too little memory); nothing is lost, the "
+                "same command goes on from the last checkpoint"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "plan": self.dataset.plan.digest()}
@@ -144,8 +161,9 @@ class TrainLoader:
         found, expected = state["plan"], self.dataset.plan.digest()
         if found != expected:
             raise UserError(
-                f"the checkpoint was made with other shards, weights or seed (plan {found}, now {expected}): "
-                "give back data.train and seed as they were, or choose another name"
+                f"the checkpoint was made with other shards, counts, weights, seed or shuffling (plan {found}, now "
+                f"{expected}): give back data.train, data.shuffle_streams, data.shuffle_block and seed, or choose "
+                "another name"
             )
         self.samples = state["samples"]
 
@@ -155,11 +173,23 @@ class ImageTextData(pl.LightningDataModule):
 
     Args:
         train: where the shards are: a directory of tars, a glob, a brace pattern, a list of those, or a mapping
-            `name: {shards, weight}`.
+            `name: {shards, weight}`; local paths or URLs (s3, gs, hf, http, https).
         caption_key: `txt`, a key of a sample's json (a caption, or a list of which one is drawn at each visit), or
             a mapping of those to probabilities.
         augmentation: what may happen to a picture.
+        draft: `auto` decodes large JPEGs at a part of their size where that leaves 1.5 pixels for each of the result.
+        shuffle_streams: parts of the data that each batch mixes.
+        shuffle_block: samples of such a part that are shuffled at a time.
+        max_member_bytes: larger members of shards are refused.
+        max_pixels: larger pictures are refused.
+        max_bad_fraction: of the last 10,000 samples; more stop the run.
         num_workers: loader processes of each rank; null takes the cores there are, less one for training.
+        start_method: of the workers: fork, forkserver, spawn, or null for Python's own.
+        prefetch_factor: batches that each worker has ready.
+        timeout: seconds after which a batch that does not come ends the run.
+        cache: for remote shards.
+        allow_pipe: whether `pipe:` may run commands.
+        ledger: whether batches carry the positions and keys of their samples, to be written down.
         batch_size: global, over all ranks.
         seed: decides the order and every random choice, with the position of a sample.
 
@@ -173,19 +203,41 @@ class ImageTextData(pl.LightningDataModule):
         train: str | list[str] | dict[str, Any],
         caption_key: str | dict[str, float],
         augmentation: Augmentation,
+        draft: Literal["auto", "off"],
+        shuffle_streams: int,
+        shuffle_block: int,
+        max_member_bytes: int,
+        max_pixels: int,
+        max_bad_fraction: float,
         num_workers: int | None,
+        start_method: Literal["fork", "forkserver", "spawn"] | None,
+        prefetch_factor: int,
+        timeout: float,
+        cache: ShardCache,
+        allow_pipe: bool,
+        ledger: bool,
         batch_size: int,
         seed: int,
     ) -> None:
         super().__init__()
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers}: must be 0 or more, or null")
+        check_range("num_workers", num_workers, 0)
+        check_range("prefetch_factor", prefetch_factor, 1)
+        check_range("max_member_bytes", max_member_bytes, 1)
+        check_range("max_pixels", max_pixels, 1, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own limit
+        check_range("max_bad_fraction", max_bad_fraction, 0, 1)
+        check_range("timeout", timeout, 0.1)
         self.captions = Captions.from_key(caption_key)
-        self.pair_format = PairFormat(self.captions.extensions)
-        self.manifest = read_manifest(train, self.pair_format)
-        self.plan = Plan(self.manifest, seed)
+        self.store = ShardStore(PairFormat(self.captions.extensions), cache, max_member_bytes=max_member_bytes)
+        self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
+        self.plan = Plan(self.manifest, seed=seed, shuffle_streams=shuffle_streams, shuffle_block=shuffle_block)
         self.augmentation = augmentation
+        self.draft = draft
+        self.max_pixels = max_pixels
         self.num_workers = num_workers
+        self.start_method = start_method
+        self.prefetch_factor = prefetch_factor
+        self.timeout = timeout
+        self.ledger = ledger
         self.batch_size = batch_size
         self.seed = seed
         if batch_size > self.manifest.num_samples:
@@ -203,19 +255,45 @@ class ImageTextData(pl.LightningDataModule):
             num_steps: batches of the whole run.
         """
         self.padding = padding
-        self.decoder = Decoder(size, self.augmentation, self.captions, tokenize, self.seed)
+        self.decoder = Decoder(
+            size,
+            self.augmentation,
+            self.captions,
+            tokenize,
+            self.seed,
+            max_pixels=self.max_pixels,
+            draft=self.draft,
+        )
         self.num_steps = num_steps
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
+        return self.loader(trainer.global_rank, trainer.world_size, trainer.num_devices)
+
+    def loader(self, rank: int, world_size: int, local_ranks: int) -> TrainLoader:
+        """Make the loader of a rank."""
         return TrainLoader(
-            PairDataset(self.manifest, self.plan, ShardStore(self.pair_format), self.decoder),
+            PairDataset(self.manifest, self.plan, self.store, self.decoder, with_keys=self.ledger),
             batch_size=self.batch_size,
             num_steps=self.num_steps,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            num_workers=default_num_workers(trainer.num_devices) if self.num_workers is None else self.num_workers,
+            rank=rank,
+            world_size=world_size,
+            num_workers=default_num_workers(local_ranks) if self.num_workers is None else self.num_workers,
+            start_method=self.start_method,
+            prefetch_factor=self.prefetch_factor,
+            timeout=self.timeout,
             padding=self.padding,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Refuse a value out of its range.
+
+    Raises:
+        UserError: it is.
+    """
+    if value is not None and not low <= value <= high:
+        limit = f"from {low:g} to {high:.10g}" if high < float("inf") else f"{low:g} or more"
+        raise UserError(f"data.{name}={value}: must be {limit}, or null where it may be")

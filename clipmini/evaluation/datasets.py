@@ -12,11 +12,15 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipmini.data.decode import DECODE_ERRORS, EvaluationTransform
-from clipmini.data.store import PairFormat, ShardStore
+from clipmini.data.decode import EvaluationTransform
+from clipmini.data.health import Fault
+from clipmini.data.index import PairFormat, Shard
+from clipmini.data.locate import local_shard
+from clipmini.data.store import ShardStore
 from clipmini.errors import UserError
 
 FORMAT = PairFormat(caption_extensions=("cls",))
+MAX_MEMBER_BYTES = 1 << 31  # of a picture: what is judged is not scraped from anywhere
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ClassificationSet:
     name: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
-    samples: tuple[tuple[str, int, int], ...]
+    samples: tuple[tuple[Shard, int, int], ...]
 
     def prompts(self, label: int) -> list[str]:
         """Return the sentences for a class."""
@@ -61,17 +65,35 @@ def read_classification_set(directory: str) -> ClassificationSet:
     (num_shards,) = read_lines(shards_file)[:1]
     if not num_shards.isdecimal():
         raise UserError(f"{shards_file}: expected a number, found {num_shards!r}")
-    store = ShardStore(FORMAT)
-    paths = [str(root / f"test/{number}.tar") for number in range(int(num_shards))]
+    store = ShardStore(FORMAT, max_member_bytes=MAX_MEMBER_BYTES)
     samples = tuple(
-        (path, index, read_label(store, path, index, len(class_names)))
-        for path in paths
-        for index in range(len(store.index(path).samples))
+        (shard, index, read_label(store, shard, index, len(class_names)))
+        for shard in open_shards(store, root / "test", int(num_shards))
+        for index in range(len(store.index(shard)))
     )
     if not samples:
         raise UserError(f"{root / 'test'}: {num_shards} shards without a single pair of picture and .cls")
     name = root.name.removeprefix("wds_").removesuffix("_test")
     return ClassificationSet(name, tuple(class_names), tuple(templates), samples)
+
+
+def open_shards(store: ShardStore, directory: Path, num_shards: int) -> list[Shard]:
+    """Index the shards of a set.
+
+    Raises:
+        UserError: one is missing or damaged: a set to judge by must be complete.
+    """
+    shards = []
+    for number in range(num_shards):
+        path = directory / f"{number}.tar"
+        try:
+            shard = local_shard(str(path))
+        except OSError as error:
+            raise UserError(f"cannot read the shard {path}: {error.strerror}") from error
+        if damage := store.index(shard).damage:
+            raise UserError(f"cannot read the shard {path}: it {damage}")
+        shards.append(shard)
+    return shards
 
 
 def read_lines(path: Path) -> list[str]:
@@ -88,16 +110,17 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def read_label(store: ShardStore, path: str, index: int, num_classes: int) -> int:
+def read_label(store: ShardStore, shard: Shard, index: int, num_classes: int) -> int:
     """Read the label of a picture.
 
     Raises:
         UserError: not a number from 0 to the last class.
     """
-    text = store.read(path, index, only=("cls",))["cls"].decode("ascii", "replace").strip()
+    text = store.read(shard, index, only=("cls",))["cls"].decode("ascii", "replace").strip()
     if not text.isdecimal() or int(text) >= num_classes:
         raise UserError(
-            f"{path}, {store.key(path, index)}.cls: label {text!r}, but classnames.txt has {num_classes} lines, from 0"
+            f"{shard.path}, {store.key(shard, index)}.cls: label {text!r}, "
+            f"but classnames.txt has {num_classes} lines, from 0"
         )
     return int(text)
 
@@ -109,15 +132,15 @@ class LabelledPictures(Dataset):
         self.dataset = dataset
         self.chosen = chosen
         self.transform = transform
-        self.store = ShardStore(FORMAT)
+        self.store = ShardStore(FORMAT, max_member_bytes=MAX_MEMBER_BYTES)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int] | UserError:
-        path, index, label = self.dataset.samples[self.chosen[item]]
-        (data,) = self.store.read(path, index, only=FORMAT.image_extensions).values()
+        shard, index, label = self.dataset.samples[self.chosen[item]]
         try:
+            (data,) = self.store.read(shard, index, only=FORMAT.image_extensions).values()
             return self.transform(data), label
-        except DECODE_ERRORS as error:
-            return UserError(f"{path}, {self.store.key(path, index)}: cannot decode the picture: {error}")
+        except Fault as fault:
+            return UserError(f"{shard.path}, {self.store.key(shard, index)}: {fault.cause}: {fault.detail}")

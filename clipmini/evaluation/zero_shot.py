@@ -4,14 +4,16 @@ C classes, N pictures, D embedding width. The protocol is that of CLIP (https://
 as open_clip and CLIP_benchmark run it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from clipmini import distributed
 from clipmini.data.decode import EvaluationTransform
-from clipmini.data.loader import collate
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
 from clipmini.evaluation.datasets import ClassificationSet, LabelledPictures
@@ -77,6 +79,11 @@ def evaluate_zero_shot(
         "chance1": 1 / num_classes,
         "chance5": min(5, num_classes) / num_classes,
     }
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Stack samples; an error travels to the main process as a value, so that it stays one message."""
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(list(samples))
 
 
 def count_not_below(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""Whole runs that are killed, moved to other numbers of processes, or cut off from their shards: the same training."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from conftest import QUICK, read_sample, run_command, write_tar
+from servers import S3
+
+from clipmini.checkpoint import list_checkpoints, load_checkpoint
+
+STEPS = 12
+ROW = tuple[int, int, str]  # step, position, key
+
+
+def options(tiny_json: Path, shards: object, *more: str) -> list[str]:
+    return [
+        *QUICK,
+        "name=run",
+        f"steps={STEPS}",
+        f"model.name={tiny_json}",
+        f"data.train={shards}",
+        "data.ledger=true",
+        "data.shuffle_streams=3",
+        "data.shuffle_block=8",
+        "data.augmentation.flip=0.5",
+        "schedule=constant",
+        *more,
+    ]
+
+
+def command(processes: int, arguments: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "clipmini", "train", *arguments]
+
+
+def run(directory: Path, processes: int, arguments: list[str]) -> None:
+    directory.mkdir(exist_ok=True)
+    result = run_command(command(processes, arguments), directory)
+    assert result.returncode == 0, result.stderr
+
+
+def read_ledgers(directory: Path) -> list[ROW]:
+    rows = []
+    for path in (directory / "outputs/run/ledger").iterdir():
+        with open(path, newline="") as file:
+            rows += [(int(row["step"]), int(row["position"]), row["key"]) for row in csv.DictReader(file)]
+    return sorted(rows)
+
+
+def read_losses(directory: Path) -> list[float]:
+    with open(directory / "outputs/run/metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file)]
+
+
+def final_state(directory: Path) -> tuple[dict, dict]:
+    """Return the weights and the state of the loader."""
+    checkpoint = load_checkpoint(list_checkpoints(directory / "outputs/run/checkpoints")[-1])
+    (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return checkpoint["state_dict"], loader
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tiny_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process without workers."""
+    directory = tmp_path_factory.mktemp("whole")
+    run(directory, 1, options(tiny_json, shards))
+    return directory
+
+
+def test_on_two_then_one_then_two_processes_it_is_the_run_of_one(
+    whole: Path, shards: Path, tiny_json: Path, tmp_path: Path
+) -> None:
+    parts = (
+        (2, "steps=4", "data.num_workers=1", "micro_batch=4"),  # a checkpoint in the middle of an epoch of 64
+        (1, "steps=8", "data.num_workers=3", "micro_batch=16"),  # and one at the end of the second
+        (2, f"steps={STEPS}", "data.num_workers=0", "micro_batch=2"),
+    )
+    for processes, *more in parts:
+        run(tmp_path / "parts", processes, options(tiny_json, shards, *more))
+    assert read_ledgers(tmp_path / "parts") == read_ledgers(whole)
+    assert len(read_ledgers(whole)) == STEPS * 16 == len(set(read_ledgers(whole)))
+    assert read_losses(tmp_path / "parts") == pytest.approx(read_losses(whole), abs=1e-5)
+    weights, loader = final_state(tmp_path / "parts")
+    expected_weights, expected_loader = final_state(whole)
+    assert loader == expected_loader and loader["samples"] == STEPS * 16
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_each_position_is_trained_once(
+    processes: int, whole: Path, shards: Path, tiny_json: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "killed"
+    directory.mkdir()
+    rng = random.Random(time.time_ns())
+    arguments = options(tiny_json, shards, "data.num_workers=1", "checkpoint.every_n_steps=3")
+    ledger = directory / "outputs/run/ledger/rank-00000.csv"
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(processes, arguments),
+            cwd=directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        before = len(ledger.read_text().splitlines()) if ledger.exists() else 0
+        rows = before + rng.randrange(1, 40)
+        deadline = time.monotonic() + 200
+        while process.poll() is None and not (ledger.exists() and len(ledger.read_text().splitlines()) > rows):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(directory, processes, arguments)
+    # Rows that a killed run wrote after its last checkpoint are gone: what is left is what the model has seen.
+    assert read_ledgers(directory) == read_ledgers(whole)
+    assert read_losses(directory)[-1] == pytest.approx(read_losses(whole)[-1], abs=1e-5)
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    pytest.importorskip("moto.server")
+    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    server = S3(tmp_path / "s3.log")
+    yield server
+    server.stop()
+
+
+def upload(server: S3, directory: Path) -> None:
+    """Put shards into a bucket."""
+    file_system = fsspec.filesystem("s3", endpoint_url=server.url)
+    file_system.mkdir("bucket")
+    for path in directory.glob("*.tar"):
+        file_system.put_file(str(path), f"bucket/{path.name}")
+
+
+def test_s3_is_read_resumed_and_waited_for(s3: S3, tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 480)
+    for number in range(24):
+        write_tar(tmp_path / f"shards/{number:05d}.tar", samples[20 * number : 20 * number + 20])
+    upload(s3, tmp_path / "shards")
+    slow_and_small = ("data.shuffle_streams=2", "data.shuffle_block=20", "steps=36")  # new shards all the way
+    run(tmp_path / "local", 1, options(tiny_json, tmp_path / "shards", *slow_and_small))
+    arguments = options(
+        tiny_json,
+        "s3://bucket/",
+        *slow_and_small,
+        f"data.cache.storage_options={{s3:{{endpoint_url:'{s3.url}'}}}}",
+        "data.cache.stall_timeout=2",
+        "data.cache.max_bytes=500000",  # an eighth of what there is
+        f"paths.cache={tmp_path}/cache",
+        "data.num_workers=1",
+    )
+    run(tmp_path / "run", 1, [*arguments, "steps=3"])
+    process = subprocess.Popen(
+        command(1, arguments), cwd=tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    ledger = tmp_path / "run/outputs/run/ledger/rank-00000.csv"
+    while "\n5," not in ledger.read_text():
+        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
+        time.sleep(0.01)
+    s3.pause()
+    time.sleep(6)
+    s3.go_on()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "trying again in" in output  # the outage was met
+    assert read_ledgers(tmp_path / "run") == read_ledgers(tmp_path / "local")
+    assert read_losses(tmp_path / "run") == pytest.approx(read_losses(tmp_path / "local"), abs=1e-5)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache/shards").iterdir()) <= 500_000
+
+
+def test_s3_without_the_bucket_is_one_message(s3: S3, tiny_json: Path, tmp_path: Path) -> None:
+    storage = f"data.cache.storage_options={{s3:{{endpoint_url:'{s3.url}'}}}}"
+    arguments = options(tiny_json, "s3://nowhere/a.tar", storage, f"paths.cache={tmp_path}/cache")
+    result = run_command(command(1, arguments), tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stdout + result.stderr
+    assert result.stderr.startswith("clipmini: data.train=s3://nowhere/a.tar: ") and result.stderr.count("\n") == 1
+
+
+def test_several_processes_list_the_bad_samples_of_one(tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 60)
+    for number in (3, 17, 41):
+        samples[number]["webp"] = b""
+    write_tar(tmp_path / "shards/a.tar", samples)
+    listed = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        run(directory, processes, options(tiny_json, tmp_path / "shards", "trainer.log_every_n_steps=3"))
+        lines = (directory / "outputs/run/quarantine.jsonl").read_text().splitlines()
+        listed.append(sorted((json.loads(line)["position"], json.loads(line)["key"]) for line in lines))
+    assert listed[0] == listed[1] and len(listed[0]) >= 9
+
+
+def test_too_many_bad_samples_stop_all_processes_at_one_step(tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 60)
+    for sample in samples[::3]:
+        sample["txt"] = b""
+    write_tar(tmp_path / "shards/a.tar", samples)
+    arguments = options(tiny_json, tmp_path / "shards", "data.max_bad_fraction=0.001", "steps=200")
+    result = run_command(command(2, arguments), tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("of the last 10000 samples cannot be used") == 2  # each says so itself, none was killed
