@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from clipmini import __version__
 from clipmini.errors import Interrupted, UserError, did_you_mean
 
-COMMANDS = {"train": "train a model; takes Hydra overrides, and --help for all keys and choices"}
+COMMANDS = {
+    "train": "train a model; takes Hydra overrides, and --help for all keys and choices",
+    "shards": "pack, index or verify shards, or print the plan of a run; --help for more",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0 done, 2 something that the user can fix, 130 Ctrl-C."""
+    """Run a subcommand.
+
+    Returns:
+        The exit code: 0 done, 1 defects were found, 2 something that the user can fix, 130 Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="clipmini",
         description="Train CLIP-style image-text models.",
@@ -25,17 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="what the subcommand takes")
     parsed = parser.parse_args(arguments)
     try:
-        train_command(parsed.overrides)
+        return train_command(parsed.overrides) if parsed.command == "train" else shards_command(parsed.overrides)
     except UserError as error:
         print(f"clipmini: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("clipmini: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
-def train_command(overrides: list[str]) -> None:
+def shards_command(arguments: list[str]) -> int:
+    """Run a command of `clipmini shards`.
+
+    Raises:
+        UserError: overrides that do not fit the config.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from clipmini.shards.command import run
+
+    try:
+        return run(arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def train_command(overrides: list[str]) -> int:
     """Compose the config with Hydra, which also sweeps (`--multirun`) and launches jobs, and train.
 
     Raises:
@@ -79,11 +102,12 @@ def train_command(overrides: list[str]) -> None:
         if composed and not isinstance(error, HydraException | OmegaConfBaseException):
             raise  # ours, not an override that Hydra cannot read
         raise UserError(explain(error)) from error
+    return 0
 
 
 def explain(error: Exception) -> str:
     """Tell an error of Hydra or OmegaConf in the words of the user's own keys."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
@@ -94,6 +118,13 @@ def explain(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException):
         reason = str(cause.msg or cause).splitlines()[0]
         return f"{cause.full_key}: {reason}" if cause.full_key and cause.full_key not in reason else reason
+    if isinstance(error, OverrideParseException):
+        lines = str(error).splitlines()
+        reason = "; ".join(line for line in lines if not line.startswith(("See ", "Error parsing override")))
+        return (
+            f"cannot read the override {error.override}: {reason}; values with braces and the like need quotes inside "
+            "the shell's, as in 'data.train=\"/data/{0..9}.tar\"'"
+        )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = ", ".join(sorted(error.options))

@@ -48,7 +48,8 @@ WRONG_OVERRIDES = [
     ("checkpoint.keep_last=x", "checkpoint.keep_last: Value 'x'"),
     ("model=vit_tny", "no 'vit_tny' among the choices of model (did you mean 'vit_tiny'?); there are: "),
     ("model=null", "Config group override must be a string or a list"),
-    ("seed", "Error parsing override 'seed'"),
+    ("seed", "cannot read the override seed: missing EQUAL at '<EOF>'; values with braces"),
+    ("data.train={0..9}.tar", "cannot read the override data.train={0..9}.tar: "),
 ]
 
 

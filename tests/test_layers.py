@@ -8,16 +8,17 @@ import clipmini
 PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
-    {"annotations", "distributed", "console"},
+    {"annotations", "distributed", "console", "files"},
     {"config"},
     {"data", "model", "losses", "optim"},
     {"launch", "module", "checkpoint", "loggers"},
     {"callbacks", "evaluation"},
     {"train"},
+    {"shards"},
     {"cli"},
     {"__main__"},
 ]
-HYDRA = {"config", "cli", "train"}
+HYDRA = {"config", "cli", "train", "shards.command"}
 LIGHTNING = {"data.loader", "module", "checkpoint", "loggers", "callbacks", "launch", "train"}
 
 
