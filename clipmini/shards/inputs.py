@@ -1,0 +1,308 @@
+"""Samples to pack, read in parts, one for each shard to write: from a folder of pictures, or from other shards."""
+
+import functools
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipmini.data.captions import check_caption, read_metadata
+from clipmini.data.health import Fault
+from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, split_name, walk
+from clipmini.data.processes import check_stopped, map_in_processes
+from clipmini.errors import UserError, did_you_mean
+
+KEPT = (*IMAGE_EXTENSIONS, "txt", "json")
+PRELOAD = ("clipmini.shards.writer",)  # for worker processes; the first to start some loads it for all
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture in its own format, its caption without white space around it, and what else is known of it."""
+
+    picture: bytes
+    caption: str
+    metadata: dict[str, Any]
+
+
+Item = tuple[str, Callable[[], Sample]]  # where a sample comes from, and what reads it or raises Fault
+
+
+@dataclass(frozen=True)
+class Input:
+    """All samples of an input.
+
+    Attributes:
+        kind: what its samples are.
+        num_samples: with those that will be left out.
+        digest: changes when the names, sizes or times of the input's files do.
+        parts: of as many samples each as a shard shall have, in order; they travel to other processes.
+        damage: number of samples before it, path and what is wrong, of each shard that ends too early.
+        dropped: members of shards that are not kept, by extension.
+    """
+
+    kind: str
+    num_samples: int
+    digest: str
+    parts: Sequence[Iterable[Item]]
+    damage: tuple[tuple[int, str, str], ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def fingerprint(files: Iterable[tuple[str, os.stat_result | None]]) -> str:
+    """Hash names, sizes and times of files."""
+    digest = hashlib.sha256()
+    for name, status in files:
+        facts = (status.st_size, status.st_mtime_ns) if status else None
+        digest.update(f"{name}\n{facts}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def read_file(path: str, cause: str) -> bytes:
+    """Read a file of a sample.
+
+    Raises:
+        Fault: it is not there, or cannot be read.
+    """
+    try:
+        file = Path(path)
+        if file.exists() and not file.is_file():  # reading a named pipe would never end
+            raise Fault(cause, f"{file.name} is not a file")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Fault(cause, f"{os.path.basename(path)}: {reason}") from error
+
+
+def take_caption(value: object, key: str) -> tuple[str, dict[str, Any]]:
+    """Return the caption of a sample and, of a list of captions, the first of them and what its .json shall keep.
+
+    Raises:
+        Fault: one of them cannot be used.
+    """
+    if not isinstance(value, list) or not value:
+        return check_caption(value, key), {}
+    captions = [check_caption(caption, key) for caption in value]
+    return captions[0], {key: captions}
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can say of a value: dates and decimals as text, null for numbers that are none."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+# Folders of pictures
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Some pictures of a folder, each with the files beside it."""
+
+    root: str
+    paths: Sequence[str]  # relative
+    caption_key: str
+
+    def __iter__(self) -> Iterator[Item]:
+        for path in self.paths:
+            yield path, functools.partial(self.load, os.path.join(self.root, path))
+
+    def load(self, path: str) -> Sample:
+        """Read a picture and the files beside it."""
+        stem = os.path.splitext(path)[0]
+        if self.caption_key == "txt":
+            caption: str | bytes = read_file(f"{stem}.txt", "caption")
+        else:
+            caption = os.path.basename(os.path.dirname(os.path.abspath(path))).replace("_", " ")
+        metadata = plain(read_metadata(read_file(f"{stem}.json", "json"))) if os.path.exists(f"{stem}.json") else {}
+        return Sample(read_file(path, "picture"), check_caption(caption), metadata)
+
+
+def open_folder(root: str, caption_key: str, samples_per_shard: int) -> Input:
+    """Find the pictures in a folder and the folders in it, sorted by relative path; hidden ones are left alone.
+
+    `caption_key=txt` takes the caption from the .txt of the same name beside the picture; `caption_key=folder` takes
+    the name of the picture's folder, with underscores as spaces (hyphens stay: they are part of words). A .json of the
+    same name goes along. a.jpg and a.png beside each other are two samples, with one a.txt for both.
+
+    Raises:
+        UserError: no pictures, or another caption_key.
+    """
+    if caption_key not in ("txt", "folder"):
+        hint = did_you_mean(caption_key, ("txt", "folder"))
+        raise UserError(f"caption_key={caption_key}: of a folder of pictures it is txt or folder{hint}")
+    paths: list[str] = []
+
+    def find() -> Iterator[tuple[str, os.stat_result | None]]:
+        for path, status in walk_folder(root, frozenset()):
+            extension = os.path.splitext(path)[1][1:].lower()
+            if extension in IMAGE_EXTENSIONS:
+                paths.append(path)
+            if extension in KEPT:
+                yield path, status
+
+    digest = fingerprint(find())
+    if not paths:
+        extensions = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+        raise UserError(f"input={root}: no pictures ({extensions}) and no .tar files in it")
+    paths.sort()
+    starts = range(0, len(paths), samples_per_shard)
+    parts = [FolderPart(root, paths[start : start + samples_per_shard], caption_key) for start in starts]
+    return Input("pictures", len(paths), digest, parts)
+
+
+def walk_folder(root: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the relative path of each file below a folder, and its status unless it is a link to nothing."""
+    status = os.stat(root)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a link to a folder that holds it
+        return
+    with os.scandir(root) as entries:
+        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in visible:
+        if entry.is_dir():
+            for path, found in walk_folder(entry.path, above | {identity}):
+                yield f"{entry.name}/{path}", found
+        else:
+            yield entry.name, entry.stat() if os.path.exists(entry.path) else None
+
+
+# Shards
+
+
+@dataclass(frozen=True)
+class ShardsPart:
+    """Some samples of one or more shards.
+
+    Attributes:
+        pieces: path of a shard, its first sample and the one after its last.
+        caption_key: `txt` or a key of the .json.
+    """
+
+    pieces: Sequence[tuple[str, int, int]]
+    caption_key: str
+
+    def __iter__(self) -> Iterator[Item]:
+        for path, first, stop in self.pieces:
+            samples, _, _ = group_members(path)
+            for key in list(samples)[first:stop]:
+                yield key, functools.partial(self.load, path, samples[key])
+
+    def load(self, path: str, members: Mapping[str, Member]) -> Sample:
+        """Read the members of a sample."""
+        picture = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+        only = f"in {os.path.basename(path)} there is only {', '.join(f'.{extension}' for extension in members)}"
+        if picture is None:
+            raise Fault("picture", only)
+        if self.caption_key == "txt" and "txt" not in members:
+            raise Fault("caption", only)
+        content = read_members(path, members)
+        metadata = plain(read_metadata(content["json"])) if "json" in content else {}
+        found = content["txt"] if self.caption_key == "txt" else metadata.get(self.caption_key)
+        caption, kept = take_caption(found, self.caption_key)
+        return Sample(content[picture], caption, {**metadata, **kept})
+
+
+def read_members(path: str, members: Mapping[str, Member]) -> dict[str, bytes]:
+    """Read members of a shard by extension.
+
+    Raises:
+        OSError: the shard is gone, or has changed.
+    """
+    content = {}
+    with open(path, "rb") as file:  # buffered: a single read ends at 2 GB
+        for extension, member in members.items():
+            file.seek(member.offset)
+            content[extension] = file.read(member.size)
+            if len(content[extension]) != member.size:
+                raise OSError(f"{path} has become shorter")
+    return content
+
+
+def group_members(path: str) -> tuple[dict[str, dict[str, Member]], Counter[str], str]:
+    """Walk a shard.
+
+    Returns:
+        The members of each key that has any to keep, the number of others by extension, and what is wrong with the tar.
+        A second picture of a key is one of the others, and so is what a later member of the same name replaces.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    dropped: Counter[str] = Counter()
+    damage = ""
+    with open(path, "rb", buffering=0) as file:
+        try:
+            for member in walk(file.fileno(), path):
+                key, extension = split_name(member.name)
+                kept = samples.get(key, {})
+                is_second = extension in IMAGE_EXTENSIONS and not kept.keys().isdisjoint(IMAGE_EXTENSIONS)
+                if extension in kept or extension not in KEPT or is_second:
+                    dropped[f".{extension}"] += 1
+                if extension in kept or (extension in KEPT and not is_second):
+                    samples.setdefault(key, {})[extension] = member
+        except DamagedShard as error:
+            damage = str(error)
+    return samples, dropped, damage
+
+
+@dataclass(frozen=True)
+class Count:
+    """The samples of a shard, its members that are not kept, and what is wrong with it."""
+
+    samples: int
+    dropped: Counter[str]
+    damage: str
+
+
+def count_samples(path: str) -> Count:
+    """Count the samples of a shard, in a worker process."""
+    check_stopped()
+    samples, dropped, damage = group_members(path)
+    return Count(len(samples), dropped, damage)
+
+
+def open_shards(
+    path: str, tars: Sequence[str], caption_key: str, samples_per_shard: int, num_workers: int | None
+) -> Input:
+    """Count the samples of shards: a picture, its .txt and its .json of one key; a second picture is dropped.
+
+    `caption_key=txt` takes the caption from the .txt, any other from that key of the .json.
+
+    Raises:
+        UserError: no samples, or a compressed tar.
+    """
+    total = 0
+    dropped: Counter[str] = Counter()
+    damages = []
+    pieces: list[list[tuple[str, int, int]]] = []
+    counts = map_in_processes(
+        count_samples, tars, description="counting samples", num_workers=num_workers, preload=PRELOAD
+    )
+    for tar, count in zip(tars, counts, strict=True):
+        first = 0
+        while first < count.samples:
+            position = total + first
+            if position % samples_per_shard == 0:
+                pieces.append([])
+            stop = min(count.samples, first + samples_per_shard - position % samples_per_shard)
+            pieces[-1].append((tar, first, stop))
+            first = stop
+        total += count.samples
+        dropped += count.dropped
+        if count.damage:
+            damages.append((total, tar, count.damage))
+    if not total:
+        found = ", ".join(sorted(dropped)) or "nothing"
+        damaged = f"; {damages[0][1]} {damages[0][2]}" if damages else ""
+        raise UserError(f"input={path}: no samples in {len(tars)} shards, found: {found}{damaged}")
+    parts = [ShardsPart(some, caption_key) for some in pieces]
+    digest = fingerprint((os.path.basename(tar), os.stat(tar)) for tar in tars)
+    return Input(f"samples in {len(tars)} shards", total, digest, parts, tuple(damages), dict(dropped))
