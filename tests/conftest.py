@@ -27,6 +27,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import ClipTokenizer
 
+pytest_plugins = ["packing"]  # its fixtures
 SAMPLE = config.PACKAGE / "sample"
 TINY = {
     "embed_dim": 32,
@@ -94,6 +95,18 @@ def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int =
     data = ImageTextData(train=train, cache=cache, **{**options, **changes})  # type: ignore[arg-type]
     data.prepare(tokenize=ClipTokenizer(24), padding=0, size=size, num_steps=num_steps)
     return data
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 KiB; another size needs `mount -o remount,size=...`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 from conftest import read_sample
 from PIL import Image
 
@@ -152,13 +154,51 @@ def metadata_of(samples: Sequence[dict[str, bytes]]) -> list[dict]:
     return [json.loads(members["json"]) for members in samples]
 
 
-def make_jpegs() -> list[bytes]:
-    """Make five pictures of the embedded sample as JPEG."""
+# Fixtures
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[dict]:
+    """25 pictures of the embedded sample with their captions and .json, sorted by key."""
+    return sorted(read_sample("train/noto-00000.tar", 25), key=lambda sample: sample["__key__"])
+
+
+@pytest.fixture(scope="session")
+def pictures(samples: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 25 pictures with captions and .json files."""
+    return write_folder(tmp_path_factory.mktemp("pictures") / "pictures", samples)
+
+
+@pytest.fixture(scope="session")
+def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of those pictures."""
+    output = tmp_path_factory.mktemp("packed") / "packed"
+    run_pack(pictures, output)
+    return output
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """A copy of those shards, to be changed."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def image() -> Image.Image:
+    """A picture of the embedded sample, not square: 60 x 48."""
+    return read_images(1)[0]
+
+
+@pytest.fixture(scope="session")
+def jpegs() -> list[bytes]:
+    """Five pictures of the embedded sample as JPEG."""
     return [encode(Image.open(io.BytesIO(sample["webp"]))) for sample in read_sample("train/noto-00000.tar", 5)]
 
 
-def write_jpegs(folder: Path, jpegs: Sequence[bytes]) -> None:
-    """Write them as `pictures/0.jpg` and so on."""
-    (folder / "pictures").mkdir()
+@pytest.fixture
+def jpeg_files(jpegs: list[bytes], tmp_path: Path) -> list[bytes]:
+    """The same, as `pictures/0.jpg` and so on beside the table."""
+    (tmp_path / "pictures").mkdir()
     for number, data in enumerate(jpegs):
-        (folder / f"pictures/{number}.jpg").write_bytes(data)
+        (tmp_path / f"pictures/{number}.jpg").write_bytes(data)
+    return jpegs

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -208,39 +207,23 @@ def test_shard_larger_than_the_cache_is_refused(server: Server, tmp_path: Path) 
         cache.fetch(shard_of(server, "a.tar", cache))
 
 
-def test_full_disk_is_one_message_and_works_again_with_room(server: Server, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", disk], check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        cache = make_cache(disk, max_bytes=10**9)
-        shard = shard_of(server, "a.tar", cache)
-        (disk / "other").write_bytes(bytes(300 * 1024))
-        with pytest.raises(
-            UserError, match=r"paths.cache=.*disk: the disk is full while fetching .*a\.tar .*take another"
-        ):
-            cache.fetch(shard)
-        assert not left_over(disk)
-        (disk / "other").unlink()
-        assert cache.fetch(shard).stat().st_size == shard.size
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_full_disk_is_one_message_and_works_again_with_room(server: Server, small_disk: Path) -> None:
+    cache = make_cache(small_disk, max_bytes=10**9)
+    shard = shard_of(server, "a.tar", cache)
+    (small_disk / "other").write_bytes(bytes(300 * 1024))
+    with pytest.raises(UserError, match=r"paths.cache=.*disk: the disk is full while fetching .*a\.tar .*take another"):
+        cache.fetch(shard)
+    assert not left_over(small_disk)
+    (small_disk / "other").unlink()
+    assert cache.fetch(shard).stat().st_size == shard.size
 
 
-def test_without_a_limit_some_of_the_disk_stays_free(server: Server, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", disk], check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        cache = make_cache(disk)
-        for name in "abcabc":
-            cache.fetch(shard_of(server, f"{name}.tar", cache))
-            assert sum(path.stat().st_size for path in (disk / "shards").iterdir()) <= 0.95 * 400 * 1024
-        assert sum(server.requests.values()) > 3  # they do not all fit
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_without_a_limit_some_of_the_disk_stays_free(server: Server, small_disk: Path) -> None:
+    cache = make_cache(small_disk)
+    for name in "abcabc":
+        cache.fetch(shard_of(server, f"{name}.tar", cache))
+        assert sum(path.stat().st_size for path in (small_disk / "shards").iterdir()) <= 0.95 * 400 * 1024
+    assert sum(server.requests.values()) > 3  # they do not all fit
 
 
 def test_prefetched_shards_are_there_before_they_are_asked_for(server: Server, tmp_path: Path) -> None:

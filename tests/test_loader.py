@@ -66,11 +66,13 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
 ) -> None:
     options = {"batch_size": 24, "num_steps": 4}
     expected = list(load(shards, tmp_path, **options))
-    parts = [
-        list(load(shards, tmp_path, rank=rank, world_size=world_size, num_workers=workers, **options))
+    loaders = [
+        load(shards, tmp_path, rank=rank, world_size=world_size, num_workers=workers, **options)
         for rank in range(world_size)
     ]
+    parts = [list(loader) for loader in loaders]
     assert [len(part) for part in parts] == [4] * world_size
+    assert len({str(loader.state_dict()) for loader in loaders}) == 1 and loaders[-1].samples == 4 * 24
     for step, batch in enumerate(expected):
         assert is_equal(join(part[step] for part in parts), batch), step
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import webdataset
-from conftest import make_cache, read_sample, write_tar
+from conftest import make_cache, write_tar
 from packing import OPTIONS, read_files, read_packed_samples, run_pack, write_folder
 
 from clipmini import cli, config
@@ -20,33 +20,6 @@ from clipmini.data.store import ShardStore
 from clipmini.errors import UserError
 from clipmini.shards.pack import open_source, pack, pack_into
 from clipmini.shards.writer import Settings
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[dict]:
-    """25 pictures of the embedded sample with their captions and .json, sorted by key."""
-    return sorted(read_sample("train/noto-00000.tar", 25), key=lambda sample: sample["__key__"])
-
-
-@pytest.fixture(scope="module")
-def pictures(samples: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 25 pictures with captions and .json files."""
-    return write_folder(tmp_path_factory.mktemp("pictures") / "pictures", samples)
-
-
-@pytest.fixture(scope="module")
-def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of those pictures."""
-    output = tmp_path_factory.mktemp("packed") / "packed"
-    run_pack(pictures, output)
-    return output
-
-
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    """A copy of those shards, to be changed."""
-    return Path(shutil.copytree(packed, tmp_path / "copy"))
-
 
 # What is written
 

@@ -11,7 +11,6 @@ from packing import (
     captions,
     encode,
     metadata,
-    read_images,
     read_packed_samples,
     read_rejected,
     run_pack,
@@ -22,12 +21,6 @@ from PIL import Image
 from clipmini import cli
 from clipmini.errors import UserError
 from clipmini.shards.packed import Packed
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    """A picture of the embedded sample, not square: 60 x 48."""
-    return read_images(1)[0]
 
 
 def test_a_folder_takes_captions_from_beside_the_pictures(image: Image.Image, tmp_path: Path) -> None:

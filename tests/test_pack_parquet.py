@@ -13,55 +13,40 @@ import pyarrow.parquet
 import pytest
 from packing import (
     URL,
-    make_jpegs,
     metadata_of,
     pack_table,
     rejected,
-    write_jpegs,
     write_parquet,
 )
 
 from clipmini.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def jpegs() -> list[bytes]:
-    """Five pictures of the embedded sample as JPEG."""
-    return make_jpegs()
-
-
-@pytest.fixture
-def pictures(jpegs: list[bytes], tmp_path: Path) -> list[bytes]:
-    """The same, as `pictures/0.jpg` and so on beside the table."""
-    write_jpegs(tmp_path, jpegs)
-    return jpegs
-
-
-def make_column(kind: str, pictures: list[bytes]) -> Any:
+def make_column(kind: str, jpeg_files: list[bytes]) -> Any:
     """Make a column of pictures as it is found in data sets."""
     names = [f"pictures/{number}.jpg" for number in range(5)]
     return {
-        "bytes": pictures,
-        "large bytes": pyarrow.array(pictures, pyarrow.large_binary()),
-        "bytes and path": [{"bytes": data, "path": f"{URL}?{number}"} for number, data in enumerate(pictures)],
+        "bytes": jpeg_files,
+        "large bytes": pyarrow.array(jpeg_files, pyarrow.large_binary()),
+        "bytes and path": [{"bytes": data, "path": f"{URL}?{number}"} for number, data in enumerate(jpeg_files)],
         "path in a struct": [{"bytes": None, "path": name} for name in names],
         "path": names,
         "dictionary of paths": pyarrow.array(names).dictionary_encode(),
-        "base64": [base64.b64encode(data).decode() for data in pictures],
+        "base64": [base64.b64encode(data).decode() for data in jpeg_files],
     }[kind]
 
 
 @pytest.mark.parametrize(
     "kind", ["bytes", "large bytes", "bytes and path", "path in a struct", "path", "dictionary of paths", "base64"]
 )
-def test_parquet_holds_or_names_pictures(kind: str, pictures: list[bytes], tmp_path: Path) -> None:
+def test_parquet_holds_or_names_pictures(kind: str, jpeg_files: list[bytes], tmp_path: Path) -> None:
     columns = {
-        "image": make_column(kind, pictures),
+        "image": make_column(kind, jpeg_files),
         "caption": [f"caption {number}" for number in range(5)],
         "other": [b"bytes that are not read"] * 5,
     }
     samples = pack_table(write_parquet(tmp_path / "table.parquet", columns, row_group_size=3))
-    assert [members["jpg"] for members in samples] == pictures
+    assert [members["jpg"] for members in samples] == jpeg_files
     assert [members["txt"].decode() for members in samples] == columns["caption"]
     sources = {
         "bytes and path": [f"{URL}?{number}" for number in range(5)],

@@ -5,14 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from packing import decode, difference, encode, pack_one, read_images, read_rejected, run_pack, write_folder
+from packing import decode, difference, encode, pack_one, read_rejected, run_pack, write_folder
 from PIL import Image, ImageOps
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    """A picture of the embedded sample, not square: 60 x 48."""
-    return read_images(1)[0]
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,13 @@ from packing import (
     captions,
     make_samples,
     metadata,
-    read_images,
     read_packed_samples,
     read_rejected,
     run_pack,
 )
-from PIL import Image
 
 from clipmini.errors import UserError
 from clipmini.shards.packed import Packed
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    """A picture of the embedded sample, not square: 60 x 48."""
-    return read_images(1)[0]
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{a,b,c}.tar", "/[abc].tar"])

@@ -15,13 +15,11 @@ import pytest
 from packing import (
     KEYS,
     URL,
-    make_jpegs,
     metadata_of,
     pack_table,
     read_packed_samples,
     rejected,
     run_pack,
-    write_jpegs,
     write_jsonl,
     write_parquet,
 )
@@ -31,21 +29,8 @@ from clipmini.shards.packed import Packed
 from clipmini.shards.tables import HEAD
 
 
-@pytest.fixture(scope="module")
-def jpegs() -> list[bytes]:
-    """Five pictures of the embedded sample as JPEG."""
-    return make_jpegs()
-
-
-@pytest.fixture
-def pictures(jpegs: list[bytes], tmp_path: Path) -> list[bytes]:
-    """The same, as `pictures/0.jpg` and so on beside the table."""
-    write_jpegs(tmp_path, jpegs)
-    return jpegs
-
-
 @pytest.mark.parametrize("extension", ["csv", "tsv", "CSV"])
-def test_a_table_of_text_names_pictures(extension: str, pictures: list[bytes], tmp_path: Path) -> None:
+def test_a_table_of_text_names_pictures(extension: str, jpeg_files: list[bytes], tmp_path: Path) -> None:
     table = tmp_path / f"table.{extension}"
     texts = ['plain, with a comma and a\ttab "quoted"', "two\nlines", " spaces ", "\u00e9t\u00e9", "last"]
     with open(table, "w", newline="", encoding="utf-8-sig") as file:
@@ -55,7 +40,7 @@ def test_a_table_of_text_names_pictures(extension: str, pictures: list[bytes], t
             writer.writerow([number, text, f"pictures/{number}.jpg"])
             file.write("\r\n")  # blank lines are no rows
     samples = pack_table(table)
-    assert [members["jpg"] for members in samples] == pictures
+    assert [members["jpg"] for members in samples] == jpeg_files
     assert [members["txt"].decode() for members in samples] == [text.strip() for text in texts]
     assert metadata_of(samples)[4] == {"number": "4", "source": "pictures/4.jpg"}
     assert json.loads((tmp_path / "output/sizes.json").read_text()) == {
@@ -65,7 +50,7 @@ def test_a_table_of_text_names_pictures(extension: str, pictures: list[bytes], t
     }
 
 
-def test_json_lines_name_pictures_and_keep_the_rest(pictures: list[bytes], tmp_path: Path) -> None:
+def test_json_lines_name_pictures_and_keep_the_rest(jpeg_files: list[bytes], tmp_path: Path) -> None:
     absolute = str(tmp_path / "pictures/1.jpg")
     rows = [
         {"image": "pictures/0.jpg", "caption": "zero", "tags": ["a", 1, None], "source": "where it is from"},
@@ -73,7 +58,7 @@ def test_json_lines_name_pictures_and_keep_the_rest(pictures: list[bytes], tmp_p
         {"caption": ["two", "zwei"], "image": {"path": "pictures/2.jpg"}},
     ]
     samples = pack_table(write_jsonl(tmp_path / "table.jsonl", rows))
-    assert [members["jpg"] for members in samples] == pictures[:3]
+    assert [members["jpg"] for members in samples] == jpeg_files[:3]
     assert [members["txt"] for members in samples] == [b"zero", b"one", b"two"]
     assert metadata_of(samples) == [
         {"tags": ["a", 1, None], "source": "where it is from"},
@@ -98,7 +83,7 @@ def test_a_table_of_text_holds_pictures_in_base64(kind: str, jpegs: list[bytes],
     assert metadata_of(samples) == [{"source": f"table.{kind} row 1"}, {"source": f"table.{kind} row 2"}]
 
 
-def test_what_is_wrong_with_a_row_is_told_by_cause(pictures: list[bytes], tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_row_is_told_by_cause(jpeg_files: list[bytes], tmp_path: Path) -> None:
     (tmp_path / "pictures/bad.jpg").write_bytes(b"no picture")
     os.mkfifo(tmp_path / "pictures/pipe.jpg")
     good = {"image": "pictures/0.jpg", "caption": "good"}
@@ -126,7 +111,7 @@ def test_what_is_wrong_with_a_row_is_told_by_cause(pictures: list[bytes], tmp_pa
     with open(table, "ab") as file:
         file.write(b'{"image": "pictures/0.jpg", "caption": "caf\xe9"}\n{"image": \n' + b"[" * 100_000 + b"\n")
         file.write(json.dumps(good).encode())  # no newline at the end
-    assert [members["jpg"] for members in pack_table(table)] == [pictures[0], pictures[0]]
+    assert [members["jpg"] for members in pack_table(table)] == [jpeg_files[0], jpeg_files[0]]
     found = rejected(table)
     assert [(source, cause) for source, cause, _ in found] == [
         ("pictures/9.jpg", "picture"),
@@ -170,7 +155,7 @@ def test_what_is_wrong_with_a_row_is_told_by_cause(pictures: list[bytes], tmp_pa
     assert all(len(detail) < 200 for detail in details)
 
 
-def test_rows_of_csv_that_do_not_fit_are_told(pictures: list[bytes], tmp_path: Path) -> None:
+def test_rows_of_csv_that_do_not_fit_are_told(jpeg_files: list[bytes], tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_bytes(
         b"image,caption\npictures/0.jpg,zero\npictures/1.jpg\npictures/2.jpg,two,more\npictures/3.jpg,caf\xe9\n"
@@ -189,7 +174,7 @@ def test_rows_of_csv_that_do_not_fit_are_told(pictures: list[bytes], tmp_path: P
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_give_the_same_bytes_for_any_number_of_processes(
-    kind: str, pictures: list[bytes], tmp_path: Path
+    kind: str, jpeg_files: list[bytes], tmp_path: Path
 ) -> None:
     rows = [(f"pictures/{number % 5}.jpg", f"caption {number}\n" * (number % 4 + 1)) for number in range(40)]
     table = tmp_path / f"table.{kind}"
@@ -287,7 +272,7 @@ def test_one_column_for_both_is_refused(tmp_path: Path) -> None:
         pack_table(tmp_path / "table.csv", caption_key="image")
 
 
-def test_a_few_urls_are_left_out(pictures: list[bytes], tmp_path: Path) -> None:
+def test_a_few_urls_are_left_out(jpeg_files: list[bytes], tmp_path: Path) -> None:
     rows = [{"image": URL, "caption": "far"}] * HEAD + [{"image": "pictures/0.jpg", "caption": "near"}]
     with pytest.raises(UserError, match="holds URLs"):
         pack_table(write_jsonl(tmp_path / "table.jsonl", rows))
@@ -301,7 +286,7 @@ def test_a_table_of_which_no_row_can_be_used_is_told(tmp_path: Path) -> None:
         pack_table(tmp_path / "table.csv")
 
 
-def test_a_changed_table_is_refused(pictures: list[bytes], tmp_path: Path) -> None:
+def test_a_changed_table_is_refused(jpeg_files: list[bytes], tmp_path: Path) -> None:
     table = write_jsonl(tmp_path / "table.jsonl", [{"image": "pictures/0.jpg", "caption": "a"}])
     pack_table(table)
     write_jsonl(table, [{"image": "pictures/1.jpg", "caption": "a"}] * 2)
@@ -309,7 +294,7 @@ def test_a_changed_table_is_refused(pictures: list[bytes], tmp_path: Path) -> No
         pack_table(table)
 
 
-def test_rows_of_a_part_begin_where_the_last_part_ends(pictures: list[bytes], tmp_path: Path) -> None:
+def test_rows_of_a_part_begin_where_the_last_part_ends(jpeg_files: list[bytes], tmp_path: Path) -> None:
     table = write_jsonl(
         tmp_path / "table.jsonl",
         [{"image": f"pictures/{number}.jpg", "caption": "\u00e9" * number} for number in range(5)],
@@ -317,6 +302,6 @@ def test_rows_of_a_part_begin_where_the_last_part_ends(pictures: list[bytes], tm
     for samples_per_shard in (1, 2, 3, 4, 5, 6):
         shutil.rmtree(tmp_path / "output", ignore_errors=True)
         samples = pack_table(table, samples_per_shard=samples_per_shard)
-        assert [members["jpg"] for members in samples] == pictures[1:]
+        assert [members["jpg"] for members in samples] == jpeg_files[1:]
         assert rejected(table) == [("pictures/0.jpg", "caption", "caption is blank")]
     assert run_pack(table, tmp_path / "output", **KEYS, samples_per_shard=6) == Packed({"00000.tar": 4}, 1)
