@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +78,53 @@ def test_told_counts_of_a_web_server(copy: Path, tmp_path: Path) -> None:
     with serve(copy) as server:
         assert count(f"{server.url}/{{a..c}}.tar", tmp_path / "cache") == [31, 21, 15]
         assert not any(name.endswith(".tar") for name in server.requests)  # nothing was fetched for that
+
+
+@pytest.mark.parametrize("fault", ["forbid", "html"])
+def test_servers_that_do_not_tell_what_they_lack(fault: str, copy: Path, tmp_path: Path) -> None:
+    with serve(copy) as server:
+        for name in ("sizes.json", ".nv-meta/.info.json", ".nv-meta/.info.yaml", "a_stats.json", "b_stats.json"):
+            (copy / name).parent.mkdir(exist_ok=True)
+            (copy / name).write_text("{}")  # for the server to forbid, or to have a page for
+            server.faults[name] = [fault] * 9
+        assert count(f"{server.url}/{{a,b}}.tar?download=true", tmp_path / "cache") == [30, 20]
+        assert server.requests["a.tar"] == server.requests["b.tar"] == 1
+
+
+@pytest.mark.parametrize(
+    "told", ['{"a.tar": -5, "b.tar": true, "c.tar": "14"}', '{"a.tar": 1e3, "b.tar": null}', "[" * 3 + "]" * 3]
+)
+def test_told_counts_that_are_none_are_not_believed(told: str, copy: Path, tmp_path: Path) -> None:
+    (copy / "sizes.json").write_text(told)
+    assert count(copy, tmp_path / "cache") == [30, 20, 14]
+
+
+@pytest.mark.parametrize(
+    "kept", ["5", '{"txt": 5}', '{"txt": {"a.tar": 5, "b.tar": [1]}}', '{"txt": {"a.tar": [', "[" * 9999]
+)
+def test_broken_index_is_not_used(kept: str, copy: Path, tmp_path: Path) -> None:
+    (copy / INDEX_NAME).write_text(kept)
+    assert count(copy, tmp_path / "cache") == [30, 20, 14]
+    assert count(copy, tmp_path / "cache", again=True) == [30, 20, 14]
+    assert set(json.loads((copy / INDEX_NAME).read_text())["txt"]) == {"a.tar", "b.tar", "c.tar"}
+
+
+def test_ctrl_c_does_not_wait_for_servers(copy: Path, tmp_path: Path) -> None:
+    with serve(copy) as server:
+        server.faults["a.tar"] = ["stall"] * 9
+        arguments = [f"data.train={server.url}/a.tar", f"paths.cache={tmp_path}/cache", "data.cache.stall_timeout=600"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clipmini", "shards", "index", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not server.requests["a.tar"]:
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)  # the server would stall for ten minutes
+    assert (process.returncode, error) == (130, "clipmini: interrupted\n")
 
 
 def test_remote_shards_without_counts_are_fetched_and_counted(copy: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from conftest import make_cache, read_sample, write_tar
 from servers import serve
 
-from clipmini.data.index import Shard
-from clipmini.data.locate import base_name, locate, parent
+from clipmini.data.index import PairFormat, Shard
+from clipmini.data.locate import base_name, beside, locate, parent
+from clipmini.data.manifest import read_manifest
 from clipmini.errors import UserError
 
 
@@ -83,6 +84,35 @@ def test_pipes_when_allowed(tmp_path: Path) -> None:
     assert [shard.path for shard in found] == ["pipe:cat 0.tar", "pipe:cat 1.tar", "pipe:cat 2.tar"]
 
 
+def test_a_file_whose_name_is_a_command_is_a_file(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "pipe:touch ran; cat c.tar #.tar"
+    Path(name).write_bytes((shards / "c.tar").read_bytes())
+    (shard,) = find("*.tar", tmp_path)
+    assert shard.path == f"./{name}" and shard.size == Path(name).stat().st_size
+    assert read_manifest("*.tar", PairFormat(), make_cache(tmp_path / "cache")).num_samples == 14
+    assert not Path("ran").exists()
+
+
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_tar(folder / "a.tar", read_sample("train/noto-00000.tar", 1))
+    (folder / "b.tar").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"no shards found, .*/b\.tar does not exist \(of 2 shards\)"):
+        find(str(folder), tmp_path)
+    (folder / "b.tar").unlink()
+    os.mkfifo(folder / "b.tar")
+    for form in (str(folder), f"{folder}/*.tar", f"{folder}/b.tar"):
+        with pytest.raises(UserError, match=r"data.train=.*: .*/b\.tar is not a file"):
+            find(form, tmp_path)
+    (folder / "b.tar").unlink()
+    (folder / "b.tar").mkdir()
+    with pytest.raises(UserError, match=r"data.train=.*: .*/b\.tar is not a file"):
+        find(str(folder), tmp_path)
+
+
 def test_shards_of_a_web_server(shards: Path, tmp_path: Path) -> None:
     with serve(shards) as server:
         found = find(f"{server.url}/{{a..c}}.tar?token=1", tmp_path)
@@ -103,4 +133,7 @@ def test_server_that_is_not_there_is_one_message(tmp_path: Path) -> None:
 
 def test_parts_of_paths() -> None:
     assert parent("s3://b/dir/a.tar") == "s3://b/dir" and parent("/x/a.tar") == "/x" and parent("a.tar") == "."
-    assert base_name("http://h/dir/a.tar?sig=/x/y") == "a.tar"
+    assert parent("https://h/dir/a.tar?sig=/x/y") == "https://h/dir"
+    assert base_name("http://h/dir/a.tar?sig=/x/y") == "a.tar" and base_name("/x/a?b.tar") == "a?b.tar"
+    assert beside("https://h/dir/a.tar?sig=/x/y", "sizes.json") == "https://h/dir/sizes.json?sig=/x/y"
+    assert beside("s3://b/dir/a.tar", "sizes.json") == "s3://b/dir/sizes.json" and beside("a.tar", "b") == "./b"

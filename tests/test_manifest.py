@@ -34,6 +34,8 @@ def test_mapping_of_sources_with_weights(shards: Path, tmp_path: Path) -> None:
         ({}, "data.train={}: no shards"),
         ({"x": "{root}"}, "data.train.x=.*expected {shards: ..., weight: ...}"),
         ({"x": {"shards": "{root}", "wait": 1}}, "data.train.x=.*expected {shards"),
+        ({"x": {"shards": 5}}, r"data.train.x.shards=5: expected a path or a list of paths"),
+        ({"x": {"shards": [5]}}, r"data.train.x.shards=\[5\]: expected a path or a list of paths"),
         ({"x": {"shards": "{root}", "weight": 0}}, "data.train.x.weight=0: expected a number above 0"),
         ({"x": {"shards": "{root}", "weight": "much"}}, "data.train.x.weight='much': expected a number above 0"),
         ({"x": {"shards": "{root}", "weight": True}}, "data.train.x.weight=True: expected a number above 0"),
@@ -56,7 +58,7 @@ def test_shards_without_pairs_name_what_they_have(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"data.train: no picture-caption pairs in 1 shards.*/x\.tar; a pair is a picture \(\.jpg.*\) and "
-        r"\.txt of the same name \(data\.caption_key\), found: \.input\.jpg, \.mp3, \.txt",
+        r"\.txt of the same name up to the first dot \(data\.caption_key\), found: \.input\.jpg, \.mp3, \.txt",
     ):
         read(str(tmp_path), tmp_path)
 

@@ -8,19 +8,18 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from clipmini.console import track
 from clipmini.data.cache import ShardCache
 from clipmini.data.index import PairFormat, Shard, ShardIndex, index_file, index_shard
 from clipmini.data.locate import base_name, parent
 from clipmini.data.processes import map_in_processes
-from clipmini.data.remote import PIPE, is_remote
+from clipmini.data.remote import is_remote
+from clipmini.data.threads import map_in_threads
+from clipmini.data.told import read_told_counts
 from clipmini.errors import UserError
 from clipmini.files import write_atomically
 
@@ -29,6 +28,7 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "clipmini-index.json"
 ALONE_SECONDS = 1.0  # what takes less needs neither help nor a file that saves it the next time
 REQUESTS = 16  # files that are fetched at a time
+MAX_TOLD = 10  # extensions in a message
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def count_pairs(
             log.warning("%s %s: %d pairs before that can be read", path, count.damage, count.num_pairs)
     if not any(count.num_pairs for count in counts.values()):
         extensions = sorted({extension for count in walked.values() for extension in count.extensions})
+        found = ", ".join(extensions[:MAX_TOLD]) + (" ..." if len(extensions) > MAX_TOLD else "")
         damaged = next((f"; {path} {count.damage}" for path, count in counts.items() if count.damage), "")
         raise UserError(
             f"{key}: no picture-caption pairs in {len(shards)} shards, the first is {shards[0].path}; a pair is "
-            f"{pair_format} of the same name (data.caption_key), found: {', '.join(extensions) or 'none'}{damaged}"
+            f"{pair_format} of the same name up to the first dot (data.caption_key), found: {found or 'none'}{damaged}"
         )
     return [replace(shard, num_samples=counts[shard.path].num_pairs) for shard in shards]
 
@@ -89,7 +90,7 @@ def read_known_counts(shards: Sequence[Shard], pair_format: PairFormat, cache: S
     """Read what was counted before, else what files beside the shards tell, by path."""
     counts = KeptCounts(shards, pair_format, cache).read()
     rest = [shard for shard in shards if shard.path not in counts]
-    return counts | read_told_counts(rest, cache) if rest else counts
+    return counts | {path: Count(told) for path, told in read_told_counts(rest, cache.remote).items()}
 
 
 def count_shard(path: str, pair_format: PairFormat) -> Count:
@@ -124,9 +125,9 @@ def walk_shards(shards: Sequence[Shard], pair_format: PairFormat, cache: ShardCa
             found[shard.path] = count
         if far:
             log.info("fetching %d shards to count their pairs; `clipmini shards index` keeps the counts", len(far))
-            with ThreadPoolExecutor(REQUESTS) as pool:
-                for shard, count in zip(far, track(pool.map(fetch_and_count, far), len(far), "counting"), strict=True):
-                    found[shard.path] = count
+            counts = track(map_in_threads(fetch_and_count, far, REQUESTS), len(far), "counting pairs")
+            for shard, count in zip(far, counts, strict=True):
+                found[shard.path] = count
     except OSError as error:
         raise UserError(f"cannot read the shard {error.filename or error}: {error.strerror or error}") from error
     return found
@@ -164,15 +165,20 @@ class KeptCounts:
 
     def read(self) -> dict[str, Count]:
         """Return the counts of the shards that are as they were, by path."""
-        kept: dict[str, list] = {}
+        kept: dict[str, Any] = {}
         for path in reversed(self.paths):
-            kept |= read_json(path).get(self.format, {})
-        entries = ((shard, kept.get(self.name(shard))) for shard in self.shards if shard.version)
-        return {
-            shard.path: Count(entry[2], entry[3])
-            for shard, entry in entries
-            if entry and entry[:2] == [shard.size, shard.version]
-        }
+            kept |= self.read_file(path)
+        found = {}
+        for shard in self.shards:
+            match kept.get(self.name(shard)):
+                case [shard.size, shard.version, int(num_pairs), str(damage)] if shard.version and num_pairs >= 0:
+                    found[shard.path] = Count(num_pairs, damage)
+        return found
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        """Return what a file says of our format; empty where it is missing or broken."""
+        content = read_json(path).get(self.format)
+        return content if isinstance(content, dict) else {}
 
     def write(self, counts: Mapping[str, Count], *, must: bool) -> None:
         """Keep counts by path; what is kept of other shards stays.
@@ -186,8 +192,7 @@ class KeptCounts:
             new[self.name(shard)] = [shard.size, shard.version, count.num_pairs, count.damage]
         problems = []
         for path in self.paths:
-            content = read_json(path)
-            content[self.format] = {**content.get(self.format, {}), **new}
+            content = {**read_json(path), self.format: {**self.read_file(path), **new}}
             try:
                 write_atomically(path, json.dumps(content).encode())
             except OSError as error:
@@ -201,59 +206,8 @@ class KeptCounts:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that we wrote; empty where it is missing or broken."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
             return content
     return {}
-
-
-def read_told_counts(shards: Sequence[Shard], cache: ShardCache) -> dict[str, Count]:
-    """Read what others counted, by path: `sizes.json`, Energon's index or img2dataset's statistics."""
-    by_directory: dict[str, list[Shard]] = {}
-    for shard in shards:
-        if not shard.path.startswith(PIPE):
-            by_directory.setdefault(parent(shard.path), []).append(shard)
-    told: dict[str, Count] = {}
-    for directory, inside in by_directory.items():
-        counts = read_directory_counts(directory, cache)
-        told |= {shard.path: Count(counts[name]) for shard in inside if (name := base_name(shard.path)) in counts}
-        told |= read_statistics([shard for shard in inside if shard.path not in told], cache)
-    return told
-
-
-def read_directory_counts(directory: str, cache: ShardCache) -> dict[str, int]:
-    """Read the one file that counts all shards of a directory, by base name."""
-    for name in ("sizes.json", ".nv-meta/.info.json", ".nv-meta/.info.yaml"):
-        content = read_tree(f"{directory}/{name}", cache)
-        counts = content.get("shard_counts") if name.startswith(".nv-meta") else content
-        if isinstance(counts, Mapping) and counts:
-            return {base_name(str(shard)): count for shard, count in counts.items() if isinstance(count, int)}
-    return {}
-
-
-def read_statistics(shards: Sequence[Shard], cache: ShardCache) -> dict[str, Count]:
-    """Read what img2dataset says of each shard: `00000_stats.json` beside `00000.tar`."""
-
-    def read(shard: Shard) -> object:
-        return read_tree(shard.path.removesuffix(".tar") + "_stats.json", cache).get("successes")
-
-    if not shards or not isinstance(read(shards[0]), int):
-        return {}
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        counts = list(pool.map(read, shards))
-    return {shard.path: Count(count) for shard, count in zip(shards, counts, strict=True) if isinstance(count, int)}
-
-
-def read_tree(path: str, cache: ShardCache) -> Mapping[str, Any]:
-    """Read a JSON or yaml file, local or remote; empty where there is none.
-
-    Raises:
-        UserError: it is no JSON or yaml.
-    """
-    content = cache.remote.read_bytes(path)
-    try:
-        tree = json.loads(content or b"{}") if path.endswith(".json") else yaml.safe_load(content or b"{}")
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error}): mend or delete it, the shards are counted then") from error
-    return tree if isinstance(tree, Mapping) else {}

@@ -1,19 +1,21 @@
 """What `data.train` names: the shards of a directory, a glob, a brace pattern or a list, on a disk or far away."""
 
 import contextlib
+import errno
 import functools
 import glob
 import itertools
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
 from clipmini.data.index import Shard
-from clipmini.data.remote import PIPE, Remote, is_remote, within
+from clipmini.data.remote import PIPE, Remote, is_remote
+from clipmini.data.threads import map_in_threads
 from clipmini.errors import UserError
 
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -54,7 +56,7 @@ def locate(
     else:
         found = locate_local(shards, key, keep_missing=keep_missing)
     for shard in found:
-        if shard.path.split("?")[0].endswith(COMPRESSED):
+        if base_name(shard.path).endswith(COMPRESSED):
             raise UserError(
                 f"{key}={shards}: {shard.path} is compressed: samples are read at random, so shards must be plain "
                 ".tar; decompress it once (pictures in it are compressed already)"
@@ -81,23 +83,33 @@ def is_shard(path: str) -> bool:
 
 
 def local_shard(path: str) -> Shard:
-    """Describe a local file."""
+    """Describe a local file.
+
+    Raises:
+        OSError: it is not there, or is no file: reading a named pipe would never end.
+    """
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a file", path)
     return Shard(path, -1, status.st_size, str(status.st_mtime_ns))
 
 
 def locate_local(shards: str, key: str, *, keep_missing: bool = False) -> list[Shard]:
     """List the local files of a pattern."""
-    if os.path.isdir(shards):
-        names = sorted(name for name in os.listdir(shards) if is_shard(name))
-        if not names:
-            raise UserError(f"{key}={shards}: no shards found, the directory has no .tar files")
-        return [local_shard(os.path.join(shards, name)) for name in names]
-    paths = [path for part in expand(shards, key) for path in sorted(glob.glob(part)) or [part]]
-    missing = {path for path in paths if not os.path.isfile(path)}
-    if missing and not (keep_missing and all(map(is_shard, missing))):
-        raise UserError(f"{key}={shards}: no shards found, {min(missing)} does not exist (of {len(paths)} shards)")
-    return [Shard(path, -1) if path in missing else local_shard(path) for path in paths]
+    try:
+        if os.path.isdir(shards):
+            paths = [os.path.join(shards, name) for name in sorted(os.listdir(shards)) if is_shard(name)]
+            if not paths:
+                raise UserError(f"{key}={shards}: no shards found, the directory has no .tar files")
+        else:
+            paths = [path for part in expand(shards, key) for path in sorted(glob.glob(part)) or [part]]
+        paths = [os.path.join(".", path) if is_remote(path) else path for path in paths]  # a file may be named pipe:...
+        missing = {path for path in paths if not os.path.exists(path)}
+        if missing and not (keep_missing and all(map(is_shard, missing))):
+            raise UserError(f"{key}={shards}: no shards found, {min(missing)} does not exist (of {len(paths)} shards)")
+        return [Shard(path, -1) if path in missing else local_shard(path) for path in paths]
+    except OSError as error:
+        raise UserError(f"{key}={shards}: {error.filename} {error.strerror}") from error
 
 
 def locate_remote(shards: str, key: str, remote: Remote, *, keep_missing: bool = False) -> list[Shard]:
@@ -117,17 +129,16 @@ def locate_remote(shards: str, key: str, remote: Remote, *, keep_missing: bool =
             ask("ls", file_system._parent(file_system._strip_protocol(urls[0])), detail=True)
 
     def complete(shard: Shard) -> Shard:
+        if shard.version:
+            return shard
         try:
-            return (
-                shard if shard.version else describe(shard.path, ask("info", file_system._strip_protocol(shard.path)))
-            )
+            return describe(shard.path, ask("info", file_system._strip_protocol(shard.path)))
         except FileNotFoundError as error:
             if keep_missing:
                 return shard
             raise UserError(f"{key}={shards}: {shard.path} does not exist (of {len(found)} shards)") from error
 
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(complete, found))
+    return list(map_in_threads(complete, found, REQUESTS))
 
 
 def is_http(url: str) -> bool:
@@ -137,14 +148,13 @@ def is_http(url: str) -> bool:
 
 def ask_file_system(remote: Remote, file_system: Any, method: str, path: str, **options: Any) -> Any:
     """Call a method of a file system, patiently."""
-    action = functools.partial(getattr(file_system, method), path, **options)
-    return remote.persist(path, lambda: within(remote.stall_timeout, action))
+    return remote.ask(path, functools.partial(getattr(file_system, method), path, **options))
 
 
 def list_url(url: str, ask: Callable[..., Any], file_system: Any) -> list[Shard]:
     """List the shards of a directory or a glob as the listing describes them; any other name is taken as it is."""
     path = file_system._strip_protocol(url)
-    if glob.has_magic(path.split("?")[0] if is_http(url) else path):
+    if glob.has_magic(split_query(path)[0]):
         entries = list(ask("glob", path, detail=True).values())
     elif is_http(url) or is_shard(path):
         return [Shard(url, -1)]
@@ -161,11 +171,22 @@ def describe(url: str, entry: Mapping[str, Any]) -> Shard:
     return Shard(url, -1, -1 if size is None else int(size), version or f"size {size}")
 
 
+def split_query(path: str) -> tuple[str, str]:
+    """Cut a URL of a web server before its query."""
+    base, mark, query = path.partition("?") if is_http(path) else (path, "", "")
+    return base, mark + query
+
+
 def parent(path: str) -> str:
     """Return the directory of a shard, for a path as for a URL."""
-    return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
+    return split_query(path)[0].rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
 def base_name(path: str) -> str:
     """Return the last part of a shard's path."""
-    return path.split("?")[0].rsplit("/", 1)[-1]
+    return split_query(path)[0].rsplit("/", 1)[-1]
+
+
+def beside(path: str, name: str) -> str:
+    """Return the path of another file in the directory of a shard."""
+    return f"{parent(path)}/{name}{split_query(path)[1]}"

@@ -73,11 +73,14 @@ def read_sources(train: str | Sequence[str] | Mapping) -> list[SourceEntry]:
         key = f"data.train.{name}"
         if not isinstance(entry, Mapping) or "shards" not in entry or set(entry) - {"shards", "weight"}:
             raise UserError(f"{key}={entry!r}: expected {{shards: ..., weight: ...}}")
+        shards = entry["shards"]
+        if not isinstance(shards, str) and not (isinstance(shards, list) and all(isinstance(x, str) for x in shards)):
+            raise UserError(f"{key}.shards={shards!r}: expected a path or a list of paths")
         weight = entry.get("weight")
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
         if weight is not None and not is_number:
             raise UserError(f"{key}.weight={weight!r}: expected a number above 0")
-        entries.append(SourceEntry(str(name), key, entry["shards"], weight))
+        entries.append(SourceEntry(str(name), key, shards, weight))
     if not entries:
         raise UserError("data.train={}: no shards")
     return entries

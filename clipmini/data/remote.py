@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from clipmini.data.threads import Task, in_thread, watch, within
 from clipmini.errors import UserError
 
 log = logging.getLogger(__name__)
 
 PIPE = "pipe:"
 MAX_WAIT = 30.0  # seconds between two tries
-TRIES_OF_WRONG_CONTENT = 3
+FEW_TRIES = 3  # of what time alone does not mend: wrong content, a full disk
 
 Result = TypeVar("Result")
 
@@ -32,8 +32,8 @@ class WrongContent(Exception):
     """What came is no tar, or only part of one."""
 
 
-class Stalled(Exception):
-    """Nothing came for too long."""
+class Refused(UserError):
+    """Credentials are missing or wrong, or something is not there and not everyone may know that."""
 
 
 def is_remote(path: str) -> bool:
@@ -68,29 +68,36 @@ class Remote:
             options = f"data.cache.storage_options.{protocol}"
             raise UserError(f"{url}: cannot be read ({error}); {options} may set more") from error
 
-    def persist(self, what: str, action: Callable[[], Result]) -> Result:
+    def persist(self, what: str, action: Callable[[float], Result]) -> Result:
         """Do something over the network, again and again while it fails, with growing pauses.
+
+        Args:
+            what: for messages.
+            action: takes the time on the monotonic clock at which it must be done.
 
         Raises:
             FileNotFoundError: there is no such thing, for certain.
-            UserError: no permission, no success in `fetch_timeout`, or a full disk.
+            Refused: no permission.
+            OSError: a full disk.
+            UserError: no success in `fetch_timeout`.
         """
         deadline = time.monotonic() + self.fetch_timeout
         for attempt in itertools.count(1):
             try:
-                return action()
+                return action(deadline)
             except UserError:
                 raise
             except Exception as error:  # each file system has its own
                 failure = unwrap(error)
-                if isinstance(failure, FileNotFoundError) or getattr(failure, "errno", None) in (ENOSPC, EDQUOT):
+                is_full = isinstance(failure, OSError) and failure.errno in (ENOSPC, EDQUOT)
+                if isinstance(failure, FileNotFoundError) or (is_full and attempt >= FEW_TRIES):
                     raise
                 message = f"{what}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
                 if is_refusal(failure):
-                    raise UserError(f"{message}; give credentials in the environment") from error
+                    raise Refused(f"{message}; give credentials in the environment") from error
                 pause = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
                 is_late = time.monotonic() + pause > deadline
-                if is_late or (isinstance(failure, WrongContent) and attempt >= TRIES_OF_WRONG_CONTENT):
+                if is_late or (isinstance(failure, WrongContent) and attempt >= FEW_TRIES):
                     raise UserError(
                         f"{message}; tried {attempt} times (data.cache.fetch_timeout={self.fetch_timeout:g} seconds); "
                         "nothing is lost, the same command goes on from the last checkpoint"
@@ -99,23 +106,31 @@ class Remote:
                 time.sleep(pause)
         raise AssertionError
 
+    def ask(self, what: str, action: Callable[[], Result]) -> Result:
+        """Get an answer over the network, patiently; raises what `persist` does."""
+        return self.persist(what, lambda deadline: within(min(self.stall_timeout, deadline - time.monotonic()), action))
+
     def read_bytes(self, path: str) -> bytes | None:
-        """Read a small file, local or not; None if there is none."""
+        """Read a small file, local or not; None if there is none, or a server does not say that there is."""
         try:
             if not is_remote(path):
                 return Path(path).read_bytes()
             file_system, name = self.file_system(path)
-            return self.persist(path, lambda: within(self.stall_timeout, lambda: file_system.cat_file(name)))
+            return self.ask(path, lambda: file_system.cat_file(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except Refused as error:
+            log.info("%s: taken for a file that is not there", error)
+            return None
 
-    def download(self, url: str, target: Path) -> None:
-        """Try once to fetch a URL or the output of a command into a file."""
+    def download(self, url: str, target: Path, deadline: float) -> None:
+        """Try once to fetch a URL or the output of a command into a file, until some time on the monotonic clock."""
         if url.startswith(PIPE):
-            watch(target, self.stall_timeout, run_pipe(url.removeprefix(PIPE), target))
+            task = run_pipe(url.removeprefix(PIPE), target)
         else:
             file_system, name = self.file_system(url)
-            watch(target, self.stall_timeout, in_thread(lambda: file_system.get_file(name, str(target))))
+            task = in_thread(lambda: file_system.get_file(name, str(target)))
+        watch(target, task, stall_timeout=self.stall_timeout, deadline=deadline)
 
 
 def unwrap(error: Exception) -> BaseException:
@@ -130,30 +145,6 @@ def is_refusal(failure: BaseException) -> bool:
     """Say whether credentials are missing or wrong, so that trying again is no use."""
     has_status = getattr(failure, "status", None) in (401, 403)
     return has_status or isinstance(failure, PermissionError) or "Credentials" in type(failure).__name__
-
-
-class Task:
-    """Something that runs on its own: `done` is set at its end, `error` if it failed, `stop` gives it up."""
-
-    def __init__(self, stop: Callable[[], None] = lambda: None) -> None:
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        self.result: Any = None
-        self.stop = stop
-
-    def run(self, action: Callable[[], Any]) -> None:
-        try:
-            self.result = action()
-        except BaseException as error:  # it is raised where the task is waited for
-            self.error = error
-        self.done.set()
-
-
-def in_thread(action: Callable[[], Any], stop: Callable[[], None] = lambda: None) -> Task:
-    """Start an action in a thread that does not keep the process from ending."""
-    task = Task(stop)
-    threading.Thread(target=task.run, args=(action,), daemon=True).start()
-    return task
 
 
 def run_pipe(command: str, target: Path) -> Task:
@@ -173,35 +164,3 @@ def run_pipe(command: str, target: Path) -> Task:
             raise OSError(f"exit code {process.returncode}: {error.decode(errors='replace')[-300:]}")
 
     return in_thread(wait, lambda: os.killpg(process.pid, signal.SIGKILL))
-
-
-def watch(target: Path, stall_timeout: float, task: Task) -> None:
-    """Wait for a task while its file grows.
-
-    Raises:
-        Stalled: it did not grow for too long.
-    """
-    size, changed = -1, time.monotonic()
-    while not task.done.wait(0.05):
-        now = target.stat().st_size if target.exists() else -1
-        if now != size:
-            size, changed = now, time.monotonic()
-        elif time.monotonic() - changed > stall_timeout:
-            task.stop()
-            raise Stalled(f"no byte for {stall_timeout:g} seconds (data.cache.stall_timeout)")
-    if task.error:
-        raise task.error
-
-
-def within(seconds: float, action: Callable[[], Result]) -> Result:
-    """Do something that must not take longer.
-
-    Raises:
-        Stalled: it did.
-    """
-    task = in_thread(action)
-    if not task.done.wait(seconds):
-        raise Stalled(f"no answer for {seconds:g} seconds (data.cache.stall_timeout)")
-    if task.error:
-        raise task.error
-    return task.result
