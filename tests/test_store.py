@@ -1,8 +1,11 @@
 """Reading single samples out of shards, and what is said of those that cannot be read."""
 
+import errno
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.health import Fault
 from clipmini.data.index import PairFormat, Shard
 from clipmini.data.locate import local_shard
-from clipmini.data.store import ShardStore
+from clipmini.data.store import MAX_CAPTION_BYTES, ShardStore
 from clipmini.errors import UserError
 
 LIMIT = 10_000_000
@@ -51,7 +54,7 @@ def test_travels_without_open_files(shards: Path) -> None:
     store, shard = make_store(), local_shard(str(shards / "a.tar"))
     first = store.read(shard, 3)
     copy = pickle.loads(pickle.dumps(store))
-    assert store.opened and not copy.opened and copy.read(shard, 3) == first
+    assert store.files and not copy.files and copy.read(shard, 3) == first
 
 
 def fault_of(store: ShardStore, shard: Shard, index: int) -> Fault:
@@ -126,7 +129,7 @@ def test_open_shards_are_limited(shards: Path, tmp_path: Path, monkeypatch: pyte
     for number in [*range(8), 0, 7, 1]:
         assert store.read(Shard(str(tmp_path / f"{number}.tar"), 14), 13)
         assert len(os.listdir("/proc/self/fd")) - before <= 3
-    assert list(store.opened) == [str(tmp_path / f"{number}.tar") for number in (0, 7, 1)]
+    assert list(store.files) == [str(tmp_path / f"{number}.tar") for number in (0, 7, 1)]
 
 
 def test_long_indexes_are_kept_and_used_again(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +146,59 @@ def test_long_indexes_are_kept_and_used_again(shards: Path, tmp_path: Path, monk
 def test_compressed_shard_that_was_not_seen_before(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UserError, match="compressed by gzip"):
         make_store().read(Shard(str(tmp_path / "x.tar"), 1), 0)
-    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_without_pairs_of_the_format_tells_what_it_has(shards: Path) -> None:
+    store = ShardStore(PairFormat(("cls",)), max_member_bytes=LIMIT)
+    fault = fault_of(store, Shard(str(shards / "a.tar"), 30), 0)
+    assert fault.cause == "absent_sample"
+    assert fault.detail.endswith("and .cls (data.caption_key), found: .jpg, .json, .txt")
+
+
+def test_captions_of_megabytes_are_refused_unread(tmp_path: Path) -> None:
+    samples = [{"__key__": "a", "jpg": b"x", "txt": b"x" * (MAX_CAPTION_BYTES + 1)}]
+    fault = fault_of(make_store(), local_shard(str(write_tar(tmp_path / "x.tar", samples))), 0)
+    assert (fault.cause, fault.detail) == ("too_many_bytes", ".txt has 1048577, a caption may have 1048576")
+
+
+def test_few_files_that_may_be_open_are_enough(shards: Path, tmp_path: Path) -> None:
+    data = (shards / "c.tar").read_bytes()
+    for number in range(40):
+        (tmp_path / f"{number}.tar").write_bytes(data)
+    code = (
+        "import resource, sys\n"
+        "from clipmini.data.index import PairFormat, Shard\n"
+        "from clipmini.data.store import ShardStore\n"
+        "store = ShardStore(PairFormat(), max_member_bytes=10**7)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+        "for number in range(40): assert store.read(Shard(f'{sys.argv[1]}/{number}.tar', 14), 3)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 24))\n"
+        "store.close(*store.files)\n"
+        "store.read(Shard(f'{sys.argv[1]}/0.tar', 14), 3)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "UserError: cannot open" in result.stderr and "Too many open files; ulimit has the limits" in result.stderr
+
+
+def test_a_passing_failure_of_the_disk_is_waited_out(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module.time, "sleep", lambda seconds: None)
+    store, shard = make_store(), local_shard(str(shards / "a.tar"))
+    expected = store.read(shard, 3)
+    failures = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    pread = os.pread
+
+    def fail(*arguments: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return pread(*arguments)
+
+    monkeypatch.setattr(store_module.os, "pread", fail)
+    assert store.read(shard, 3) == expected and not failures
+    failures += [OSError(errno.EIO, "Input/output error")] * 3
+    fault = fault_of(store, shard, 3)
+    assert (fault.cause, fault.detail) == ("damaged_shard", "Input/output error")
+    assert store.read(shard, 3) == expected  # it is not given up for ever

@@ -97,13 +97,19 @@ class ShardCache:
             FileNotFoundError: there is no such shard.
             UserError: it cannot be had.
         """
+        path = self.path(shard)
         while True:
             try:
-                file = os.open(self.path(shard), os.O_RDONLY)
+                file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 self.fetch(shard)
                 continue  # another process may have deleted it since, to make room
-            os.utime(file)  # in use now
+            if shard.size not in (-1, os.fstat(file).st_size):  # after a crash of the node, or by someone's hand
+                os.close(file)
+                path.unlink(missing_ok=True)
+                continue
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(file)  # in use now
             return file
 
     def fetch(self, shard: Shard, *, wait: bool = True) -> Path:
@@ -120,7 +126,6 @@ class ShardCache:
         # 4,096 locks are enough to keep processes apart, and few enough to stay.
         with self.lock(path.name[:3], timeout=-1 if wait else 0):
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 start = time.monotonic()
                 self.fetch_into(shard, path)
                 log.debug("fetched %s in %.1f seconds", shard.path, time.monotonic() - start)
@@ -131,14 +136,20 @@ class ShardCache:
         for left in path.parent.glob(f"{path.stem}.*.part"):  # of a process that died: the lock is ours now
             left.unlink(missing_ok=True)
 
-        def attempt() -> None:
+        def attempt(deadline: float) -> None:
             # A name of its own: a try that was given up may still write to its file.
             part = path.with_suffix(f".{os.urandom(4).hex()}.part")
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 self.make_room(shard, part)
-                self.remote.download(shard.path, part)
+                self.remote.download(shard.path, part, deadline)
                 check_content(part, shard)
+                sync(part)
                 os.replace(part, path)
+            except PermissionError as error:
+                if str(error.filename).startswith(str(self.directory)):
+                    raise UserError(f"paths.cache={self.directory}: cannot be written: {error}") from error
+                raise
             finally:
                 part.unlink(missing_ok=True)
 
@@ -221,6 +232,12 @@ def check_no_secrets(options: Mapping[str, Any], key: str) -> None:
             check_no_secrets(value, f"{key}.{name}")
         elif re.search(r"secret|passw|token|credential|connection_string|(^|_)key($|_id$)", str(name)):
             raise UserError(f"{key}.{name}: give credentials in the environment, the config is written to files")
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file on the disk before its name is."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def check_content(path: Path, shard: Shard) -> None:

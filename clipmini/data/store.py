@@ -1,11 +1,13 @@
 """The bytes of one sample, from any shard."""
 
 import contextlib
+import functools
 import os
+import time
 from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection
+from errno import EMFILE, ENFILE, ENOMEM
+from typing import Any, TypeVar
 
 from clipmini.data.cache import ShardCache
 from clipmini.data.health import Fault
@@ -13,16 +15,14 @@ from clipmini.data.index import PairFormat, Shard, ShardIndex, index_file, load_
 from clipmini.data.remote import is_remote
 from clipmini.errors import UserError
 
-MAX_OPEN = 384  # shards of a process; more than the streams of a plan touch at a time
+MAX_OPEN = 128  # files of a process; as many as the streams of a plan touch at a time, and what every system allows
+MAX_INDEXES = 512  # of shards, some 200 KB each, in memory
 MIN_SAVED = 1000  # pairs; smaller shards are indexed faster than an index is read
+MAX_CAPTION_BYTES = 1 << 20  # of a .txt or .json: larger ones take minutes and gigabytes to parse
+TRIES = 3  # of what a disk or a network file system fails to do
 
 
-@dataclass(frozen=True)
-class OpenShard:
-    """A shard in use."""
-
-    file: int
-    index: ShardIndex
+Result = TypeVar("Result")
 
 
 class ShardStore:
@@ -40,11 +40,12 @@ class ShardStore:
         self.pair_format = pair_format
         self.cache = cache
         self.max_member_bytes = max_member_bytes
-        self.opened: OrderedDict[str, OpenShard] = OrderedDict()
+        self.files: OrderedDict[str, int] = OrderedDict()  # by path, the last used last
+        self.indexes: OrderedDict[str, ShardIndex] = OrderedDict()
         self.missing: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": OrderedDict()}
+        return {**self.__dict__, "files": OrderedDict(), "indexes": OrderedDict()}
 
     def key(self, shard: Shard, index: int) -> str | None:
         """Return the key of a sample; None if the shard does not hold it."""
@@ -55,79 +56,121 @@ class ShardStore:
         return found.key(index) if index < len(found) else None
 
     def index(self, shard: Shard) -> ShardIndex:
-        """Return the index of a shard.
-
-        Raises:
-            Fault: the shard is gone.
-            UserError: it cannot be fetched, or holds more than was counted.
-        """
-        return self.open(shard).index
+        """Return the index of a shard; raises what `read` does."""
+        return self.persist(shard, lambda: self.open_index(shard))
 
     def read(self, shard: Shard, index: int, *, only: Collection[str] | None = None) -> dict[str, bytes]:
         """Read the members of a sample by extension: all that its format names, or only some of them.
 
         Raises:
             Fault: the shard or the sample cannot be read, or a member is too large.
-            UserError: the shard cannot be fetched, or holds more than was counted.
+            UserError: the shard cannot be fetched, or holds more than was counted, or the system refuses files.
         """
-        opened = self.open(shard)
-        if index >= len(opened.index):
-            damage, told = opened.index.damage, f"there are {len(opened.index)} pairs, {shard.num_samples} were counted"
-            raise Fault("damaged_shard", damage) if damage else Fault("absent_sample", told)
+        found = self.index(shard)
+        if index >= len(found):
+            cause = "damaged_shard" if found.damage else "absent_sample"
+            raise Fault(cause, found.damage or tell_missing(found, shard))
         members = {}
-        for extension, (offset, size) in opened.index.members(index).items():
+        for extension, (offset, size) in found.members(index).items():
             if only is not None and extension not in only:
                 continue
-            if size > self.max_member_bytes:
-                raise Fault("too_many_bytes", f".{extension} has {size}, data.max_member_bytes={self.max_member_bytes}")
-            try:
-                data = os.pread(opened.file, size, offset)
-            except OSError as error:
-                raise Fault("damaged_shard", error) from error
+            check_size(extension, size, self.max_member_bytes)
+            data = self.persist(shard, functools.partial(self.read_bytes, shard, offset, size))
             if len(data) != size:
                 raise Fault("damaged_shard", f"ends inside .{extension}")
             members[extension] = data
         return members
 
-    def open(self, shard: Shard) -> OpenShard:
-        """Open a shard, or find it open."""
-        found = self.opened.get(shard.path)
-        if found:
-            self.opened.move_to_end(shard.path)
-            return found
+    def read_bytes(self, shard: Shard, offset: int, size: int) -> bytes:
+        """Read some bytes of a shard, fewer where it ends."""
+        return os.pread(self.open_file(shard), size, offset)
+
+    def persist(self, shard: Shard, action: Callable[[], Result]) -> Result:
+        """Do something with a shard, a few times where the disk or the network file system fails.
+
+        Raises:
+            Fault: there is no such shard, or it cannot be read.
+            UserError: the system refuses more open files, or memory.
+        """
         if shard.path in self.missing:
             raise Fault("missing_shard", "not found")
-        try:
-            if is_remote(shard.path):
-                assert self.cache is not None
-                file = self.cache.open(shard)
-            else:
-                file = os.open(shard.path, os.O_RDONLY)
-            found = self.with_index(file, shard)
-        except OSError as error:
-            self.missing.add(shard.path)
-            raise Fault("missing_shard", error.strerror or error) from error
-        if 0 <= shard.num_samples < len(found.index):
-            os.close(found.file)
-            raise UserError(
-                f"{shard.path} holds {len(found.index)} pairs, but {shard.num_samples} were counted, so that some "
-                "would never be seen: count again with `clipmini shards index`"
-            )
-        self.opened[shard.path] = found
-        if len(self.opened) > MAX_OPEN:
-            os.close(self.opened.popitem(last=False)[1].file)
+        for attempt in range(1, TRIES + 1):
+            try:
+                return action()
+            except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+                self.missing.add(shard.path)
+                raise Fault("missing_shard", error.strerror or error) from error
+            except OSError as error:
+                self.close(*self.files)  # too many of them may be the reason, or one that a server has forgotten
+                if attempt == TRIES and error.errno in (EMFILE, ENFILE, ENOMEM):
+                    raise UserError(f"cannot open {shard.path}: {error.strerror}; ulimit has the limits") from error
+                if attempt == TRIES:
+                    raise Fault("damaged_shard", error.strerror or error) from error
+                time.sleep(0.5 * attempt)
+        raise AssertionError
+
+    def open_file(self, shard: Shard) -> int:
+        """Return a descriptor of a shard."""
+        if shard.path in self.files:
+            self.files.move_to_end(shard.path)
+        elif is_remote(shard.path):
+            assert self.cache is not None
+            self.files[shard.path] = self.cache.open(shard)
+        else:
+            self.files[shard.path] = os.open(shard.path, os.O_RDONLY)
+        if len(self.files) > MAX_OPEN:
+            self.close(next(iter(self.files)))
+        return self.files[shard.path]
+
+    def close(self, *paths: str) -> None:
+        """Close shards; their indexes stay."""
+        for path in paths:
+            os.close(self.files.pop(path))
+
+    def close_remote(self) -> None:
+        """Close remote shards: what is deleted from the cache takes its room as long as it is open."""
+        self.close(*(path for path in self.files if is_remote(path)))
+
+    def open_index(self, shard: Shard) -> ShardIndex:
+        """Return the index of a shard, and open that if it is not known."""
+        found = self.indexes.pop(shard.path, None)
+        if found is None:
+            found = self.load_index(shard)
+            if 0 <= shard.num_samples < len(found):
+                raise UserError(
+                    f"{shard.path} holds {len(found)} pairs, but {shard.num_samples} were counted, so that some "
+                    "would never be seen: count again with `clipmini shards index`"
+                )
+            if len(self.indexes) >= MAX_INDEXES:
+                self.indexes.popitem(last=False)
+        self.indexes[shard.path] = found  # the last used last
         return found
 
-    def with_index(self, file: int, shard: Shard) -> OpenShard:
-        """Load the index of an open shard, or walk it, and keep that if it was long."""
+    def load_index(self, shard: Shard) -> ShardIndex:
+        """Read the index of a shard, or walk it, and keep that if it was long."""
         kept = self.cache.path(shard, f".{self.pair_format.name}.npz") if self.cache and shard.version else None
         index = load_index(kept, self.pair_format) if kept else None
-        try:
-            index = index or index_file(file, shard.path, self.pair_format)
-        except BaseException:
-            os.close(file)
-            raise
+        index = index or index_file(self.open_file(shard), shard.path, self.pair_format)
         if kept and len(index) >= MIN_SAVED and not kept.exists():
             with contextlib.suppress(OSError):  # no room, no rights: it is walked again next time
                 index.save(kept)
-        return OpenShard(file, index)
+        return index
+
+
+def check_size(extension: str, size: int, max_member_bytes: int) -> None:
+    """Refuse a member that is too large.
+
+    Raises:
+        Fault: it is.
+    """
+    if size > max_member_bytes:
+        raise Fault("too_many_bytes", f".{extension} has {size}, data.max_member_bytes={max_member_bytes}")
+    if size > MAX_CAPTION_BYTES and extension in ("txt", "json"):
+        raise Fault("too_many_bytes", f".{extension} has {size}, a caption may have {MAX_CAPTION_BYTES}")
+
+
+def tell_missing(index: ShardIndex, shard: Shard) -> str:
+    """Tell how many pairs there are of those that were counted."""
+    told = f"there are {len(index)} pairs, {shard.num_samples} were counted"
+    found = ", ".join(index.extensions[:10]) or "none"
+    return told if len(index) else f"{told}; a pair is {index.pair_format} (data.caption_key), found: {found}"
