@@ -178,6 +178,21 @@ def test_a_header_that_is_none_ends_the_walk(tmp_path: Path) -> None:
     assert len(index) == 1 and "has no tar header at byte 2048: wrong checksum" in index.damage
 
 
+@pytest.mark.parametrize("between", [b"", bytes(70_000)], ids=["joined", "joined with zeros between"])
+def test_what_follows_the_end_is_not_passed_over(between: bytes, tmp_path: Path) -> None:
+    first, second = (pack(tmp_path / f"{name}.tar", [f"{name}.jpg", f"{name}.txt"]).read_bytes() for name in "ab")
+    (tmp_path / "x.tar").write_bytes(first + between + second)
+    index = index_shard(tmp_path / "x.tar", FORMAT)
+    assert len(index) == 1 and "has data after its end, at byte" in index.damage
+
+
+def test_a_hole_is_not_the_end(tmp_path: Path) -> None:
+    data = bytearray(pack(tmp_path / "x.tar", ["a.jpg", "a.txt", "b.jpg", "b.txt"]).read_bytes())
+    data[2048:2560] = bytes(512)
+    (tmp_path / "x.tar").write_bytes(data)
+    assert index_shard(tmp_path / "x.tar", FORMAT).damage == "has data after its end, at byte 2560"
+
+
 def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"<html>not found</html>" * 100)
     index = index_shard(tmp_path / "x.tar", FORMAT)
@@ -220,6 +235,9 @@ def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
         (header(b"p", b"00000000020", b"x") + b"0 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
         (header(b"p", b"00000000020", b"x") + b"99 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
         (header(b"p", b"00000000020", b"x") + b"\xb2 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
+        (header(b"p", b"00000011610", b"x") + (b"9" * 5000).ljust(5120), "has a pax header that cannot be read"),
+        (header(b"p", b"00000012000", b"x") + b"5120 path=" + b"n" * 5110, "has a name of more than 4096 bytes"),
+        (header(b"p", b"00000012000", b"L") + b"n" * 5120, "has a name of more than 4096 bytes"),
         (header(b"p", b"00000000015", b"x") + b"13 size=-512\n".ljust(512) + header(b"a", b"0"), "a size of -512"),
     ],
 )

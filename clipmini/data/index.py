@@ -17,7 +17,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes; a tar consists of such blocks
 END = bytes(BLOCK)  # what follows the last member
 ADLER_BASE = 65521
-MAX_NAME_BYTES = 1 << 20  # of a long name or of its pax records
+MAX_EXTENSION = 1 << 16  # bytes of pax records
+MAX_NAME = 4096  # bytes; Linux takes no longer path
 MAX_SIZE = (1 << 32) - 1
 
 
@@ -103,6 +104,7 @@ def walk(file: int, path: str) -> Iterator[Member]:
         if offset == 0:
             check_first_block(header, path)
         if header == END:
+            check_end(file, offset + BLOCK, size)
             return
         if len(header) < BLOCK:
             where = "inside a header" if header else "without the two empty blocks of a complete tar"
@@ -120,7 +122,7 @@ def walk(file: int, path: str) -> Iterator[Member]:
         if data + length > size:
             raise DamagedShard(f"ends inside {renamed.get('path', name)}, at byte {size}")
         if is_extension:
-            renamed |= read_names(kind, os.pread(file, min(length, MAX_NAME_BYTES), data))
+            renamed |= read_names(kind, os.pread(file, min(length, MAX_EXTENSION), data))
             continue
         if kind in b"0\0":
             yield Member(renamed.get("path", name), data, length)
@@ -167,20 +169,35 @@ def read_names(kind: bytes, content: bytes) -> dict[str, str]:
     """Return what an extension header (GNU's L, pax's x) says of the next member: its `path` and `size`.
 
     Raises:
-        DamagedShard: pax records are `LENGTH KEY=VALUE` and a newline, and these are not.
+        DamagedShard: pax records are `LENGTH KEY=VALUE` and a newline, and these are not; or a name is too long.
     """
-    if kind == b"L":
-        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    found = {}
-    while kind == b"x" and content:
-        length = content.split(b" ", 1)[0]
-        if not length.isdigit() or not len(length) < int(length) <= len(content):
-            raise DamagedShard(f"has a pax header that cannot be read: {content[:20]!r}")
-        key, _, value = content[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+    found: dict[str, bytes] = {"path": content.rstrip(b"\0")} if kind == b"L" else {}
+    start = 0
+    while kind == b"x" and start < len(content):
+        digits = content[start : start + 8].split(b" ")[0]  # enough for MAX_EXTENSION
+        length = int(digits) if digits.isdigit() else 0
+        if not len(digits) < length <= len(content) - start:
+            raise DamagedShard(f"has a pax header that cannot be read: {content[start : start + 20]!r}")
+        key, _, value = content[start + len(digits) + 1 : start + length].rstrip(b"\n").partition(b"=")
         if key in (b"path", b"size"):
-            found[key.decode()] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
-    return found
+            found[key.decode()] = value
+        start += length
+    if any(len(value) > MAX_NAME for value in found.values()):
+        raise DamagedShard(f"has a name of more than {MAX_NAME} bytes")
+    return {name: value.decode("utf-8", "surrogateescape") for name, value in found.items()}
+
+
+def check_end(file: int, offset: int, size: int) -> None:
+    """See that nothing follows the end of a tar, as it does in tars that were joined, or that have a hole.
+
+    Raises:
+        DamagedShard: something does.
+    """
+    while offset < size:
+        rest = os.pread(file, 1 << 16, offset)
+        if rest.strip(b"\0"):
+            raise DamagedShard(f"has data after its end, at byte {offset}")
+        offset += 1 << 16
 
 
 @dataclass(frozen=True)
