@@ -121,12 +121,20 @@ def test_what_comes_from_outside_is_filled() -> None:
     assert found[0, 0].tolist() == [200] * 3 and found[10, 10].tolist() == [0] * 3
 
 
+@pytest.mark.parametrize(("width", "height"), [(1, 100), (100, 1), (1, 1), (3, 50)])
+def test_crops_of_thin_pictures_are_not_empty(width: int, height: int) -> None:
+    for ratio in ((2.5, 4.0), (0.1, 0.2), (0.75, 1.33)):
+        left, top, right, bottom = draw_crop(width, height, (0.9, 1.0), ratio, Draws(0))
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("scale", (0.5, 1.5)),
         ("scale", (0.9, 0.5)),
         ("ratio", (0.0, 1.0)),
+        ("ratio", (1.0, float("inf"))),
         ("flip", 2.0),
         ("zoom", (0.0, 1.0)),
         ("shear", 90),

@@ -12,12 +12,14 @@ from PIL import Image
 from servers import serve
 from test_picture import png_header
 
+from clipmini import cli
 from clipmini.data.captions import Captions
 from clipmini.data.index import Shard
 from clipmini.data.locate import local_shard
+from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.shards.verify import Rules, find_defects
 
-RULES = Rules(Captions.from_key("txt"), max_member_bytes=50_000, max_pixels=10**7)
+RULES = Rules(Captions.from_key("txt"), max_member_bytes=50_000, max_pixels=10**7, tokenize=ClipTokenizer(77))
 
 
 def find(path: Path, tmp_path: Path, rules: Rules = RULES, count: int = -1) -> list[tuple[str, str, str]]:
@@ -54,6 +56,11 @@ CHANGES = {
     "empty caption": (lambda s: s.update(txt=b""), "caption", "txt is blank"),
     "blank caption": (lambda s: s.update(txt=b" \n"), "caption", "txt is blank"),
     "caption that is not utf-8": (lambda s: s.update(txt=b"\xff"), "caption", "txt is not UTF-8"),
+    "entity that no tokenizer takes": (
+        lambda s: s.update(txt=b"&#" + b"9" * 5000 + b";"),
+        "caption",
+        "cannot be tokenized: Exceeds the limit",
+    ),
     "large member": (lambda s: s.update(txt=b"x" * 60_000), "too_many_bytes", ".txt has 60000, data.max_member_bytes"),
     "pickle": (lambda s: s.update(pyd=pickle.dumps(1)), "code", ".pyd is never read here, but unpickled by others"),
     "pickle with a longer name": (lambda s: s.update({"emb.pth": b"1"}), "code", ".emb.pth is never read here"),
@@ -74,7 +81,7 @@ def test_defects_of_captions_in_json(tmp_path: Path) -> None:
     samples = read_sample("train/noto-00000.tar", 4)
     samples[1]["json"] = b"{"
     samples[2]["json"] = json.dumps({"name": ["fine", " "]}).encode()
-    rules = Rules(Captions.from_key({"name": 0.5, "txt": 0.5}), 50_000, 10**7)
+    rules = Rules(Captions.from_key({"name": 0.5, "txt": 0.5}), 50_000, 10**7, ClipTokenizer(77))
     found = find(write_tar(tmp_path / "x.tar", samples), tmp_path, rules)
     assert [(key, cause) for key, cause, _ in found] == [
         (samples[1]["__key__"], "json"),
@@ -106,6 +113,10 @@ def test_damaged_tars(shards: Path, tmp_path: Path) -> None:
         found = find(tmp_path / "x.tar", tmp_path, count=30)
         assert found[0][:2] == ("", "damaged_shard") and message in found[0][2]
         assert found[1] == ("", "count", "holds 20 pairs, 30 were counted")
+    (tmp_path / "x.tar").write_bytes(data + (shards / "b.tar").read_bytes())
+    assert [found[1:] for found in find(tmp_path / "x.tar", tmp_path)] == [
+        ("damaged_shard", f"has data after its end, at byte {data.rstrip(bytes(1)).__len__() // 512 * 512 + 1024}")
+    ]
     (tmp_path / "x.tar").write_bytes(b"")
     assert find(tmp_path / "x.tar", tmp_path)[0][1] == "damaged_shard"
     with tarfile.open(tmp_path / "x.tar", "w"):
@@ -129,7 +140,7 @@ def test_shards_of_a_server(shards: Path, tmp_path: Path) -> None:
     assert "this is no tar, it begins with b'<html>" in found[0].detail
 
 
-def test_command_prints_defects_and_exits_with_1(shards: Path, tmp_path: Path) -> None:
+def test_command_prints_defects_and_exits_with_1(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     samples = read_sample("train/noto-00000.tar", 5)
     samples[2]["txt"] = b""
     write_tar(tmp_path / "shards/x.tar", samples)
@@ -144,5 +155,5 @@ def test_command_prints_defects_and_exits_with_1(shards: Path, tmp_path: Path) -
         [f"{tmp_path}/shards/y.tar", "-", "missing_shard", "No such file or directory"],
     ]
     assert result.stderr == "3 defects in 2 shards: 1 caption, 1 count, 1 missing_shard\n"
-    result = run_clipmini("shards", "verify", f"data.train={shards}", f"paths.cache={tmp_path}/cache", cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "0 defects in 3 shards\n")
+    assert cli.main(["shards", "verify", f"data.train={shards}", f"paths.cache={tmp_path}/cache"]) == 0
+    assert capsys.readouterr() == ("", "0 defects in 3 shards\n")

@@ -57,8 +57,8 @@ class Augmentation:
         shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability")
         is_right = {
             "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
-            "ratio": 0 < self.ratio[0] <= self.ratio[1],
-            "zoom": 0 < self.zoom[0] <= self.zoom[1],
+            "ratio": 0 < self.ratio[0] <= self.ratio[1] < math.inf,
+            "zoom": 0 < self.zoom[0] <= self.zoom[1] < math.inf,
             "rotation": 0 <= self.rotation <= 180,
             "shear": 0 <= self.shear < 90,
             "fill": 0 <= self.fill <= 255,
@@ -132,7 +132,7 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[
         if 0 < w <= width and 0 < h <= height:
             left, top = draws.below(width - w + 1), draws.below(height - h + 1)
             return left, top, left + w, top + h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

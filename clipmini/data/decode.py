@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from clipmini.data.augment import Augmentation
 from clipmini.data.captions import Captions, caption_id
 from clipmini.data.draws import Draws
+from clipmini.data.health import Fault
 from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
 
@@ -47,7 +48,8 @@ class Example(NamedTuple):
     """A decoded sample."""
 
     image: Tensor  # uint8 [3, size, size]
-    caption: str
+    text: Tensor  # int64 [context]
+    id: int  # of the caption
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,23 @@ class Decoder:
         data = next(data for extension, data in members.items() if extension not in ("txt", "json"))
         picture = Picture(data, max_pixels=self.max_pixels)
         box = self.augmentation.draw_box(picture.width, picture.height, draws)
-        return Example(self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws), caption)
+        image = self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
+        return Example(image, encode_caption(caption, self.tokenize), caption_id(caption))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch: image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal
         id)."""
-        captions = [example.caption for example in examples]
-        return {
-            "image": torch.stack([example.image for example in examples]),
-            "text": self.tokenize(captions),
-            "id": torch.tensor([caption_id(caption) for caption in captions]),
-        }
+        images, texts, ids = zip(*examples, strict=True)
+        return {"image": torch.stack(images), "text": torch.stack(texts), "id": torch.tensor(ids)}
+
+
+def encode_caption(caption: str, tokenize: Tokenize) -> Tensor:
+    """Turn a caption into token ids, int64 [context].
+
+    Raises:
+        Fault: the tokenizer refuses it, as open_clip's cleaning does with numeric entities of thousands of digits.
+    """
+    try:
+        return tokenize([caption])[0]
+    except Exception as error:  # a library's, over hostile text
+        raise Fault("caption", f"cannot be tokenized: {error}") from error

@@ -28,6 +28,8 @@ TURNS = {
     8: (True, True, False),
 }
 UPRIGHT = (False, False, False)
+START_OF_SCAN = b"\xff\xda"  # of a JPEG
+MAX_SCANS = 100  # a progressive JPEG has about 10
 MIN_OVERSAMPLING = 1.5  # pixels decoded for one of the result, at least, where fewer than all are decoded
 Box = tuple[int, int, int, int]  # left, top, right, bottom; pixels
 
@@ -71,12 +73,12 @@ class Picture:
             right, bottom = max(left + 1, round(right / divisor)), max(top + 1, round(bottom / divisor))
         try:
             pixels = torch.from_numpy(self.decode((left, top, right, bottom), divisor))
+            # The same bits on any CPU, and much faster than Pillow, from which it differs by 1, seldom 2 levels of 256.
+            resized = torch.nn.functional.interpolate(
+                pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True
+            )[0]
         except Exception as error:
             raise Fault("picture", error) from error
-        # The same bits on any CPU, and much faster than Pillow, from which it differs by 1, seldom 2 levels of 256.
-        resized = torch.nn.functional.interpolate(
-            pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True
-        )[0]
         swap, mirror_x, mirror_y = self.turn
         mirrored = [axis for axis, is_mirrored in ((2, mirror_x), (1, mirror_y)) if is_mirrored]
         resized = resized.flip(mirrored) if mirrored else resized
@@ -153,13 +155,16 @@ def open_encoded(data: bytes) -> Image.Image:
         Fault: it is none, or is so large that Pillow refuses it.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Fault("too_many_pixels", error) from error
     except UnidentifiedImageError as error:  # its own words hold an address
         raise Fault("picture", "not a JPEG, PNG or WebP") from error
     except Exception as error:  # no list of what a decoder raises over hostile bytes is complete
         raise Fault("picture", error) from error
+    if image.format == "JPEG" and (scans := data.count(START_OF_SCAN)) > MAX_SCANS:
+        raise Fault("picture", f"{scans} scans")  # each costs a pass over all pixels
+    return image
 
 
 def open_image(data: bytes) -> Image.Image:

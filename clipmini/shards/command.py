@@ -94,11 +94,12 @@ def print_plan(overrides: Sequence[str]) -> None:
 
     Steps are counted from 1, as in the log and in `metrics.csv`.
     """
+    from clipmini import launch
     from clipmini.train import build_data
 
     first, last = read_range([override for override in overrides if override.startswith("range=")])
     cfg = compose("train", [override for override in overrides if not override.startswith("range=")])
-    data = build_data(cfg)
+    data = build_data(cfg, launch.read_launch())
     print("step", "position", "source", "shard", "index", "key", sep="\t")
     for step in range(first, last + 1):
         positions = data.plan.batch(step - 1, cfg.batch_size)
@@ -148,11 +149,13 @@ def index(overrides: Sequence[str]) -> None:
 
 def verify(overrides: Sequence[str]) -> int:
     """Print the defects of every source; 1 if there are any."""
+    from clipmini.data.tokenizer import DEFAULT_CONTEXT_LENGTH, ClipTokenizer
     from clipmini.shards.verify import Rules, find_defects
 
     data, cache = read_data(overrides)
-    rules = Rules(Captions.from_key(data["caption_key"]), data["max_member_bytes"], data["max_pixels"])
-    pair_format = PairFormat(rules.captions.extensions)
+    captions = Captions.from_key(data["caption_key"])
+    rules = Rules(captions, data["max_member_bytes"], data["max_pixels"], ClipTokenizer(DEFAULT_CONTEXT_LENGTH))
+    pair_format = PairFormat(captions.extensions)
     shards = []
     for entry in read_sources(data["train"]):
         found = locate(entry.shards, entry.key, cache.remote, allow_pipe=data["allow_pipe"], keep_missing=True)

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from clipmini.data.cache import ShardCache
 from clipmini.data.captions import Captions
+from clipmini.data.decode import encode_caption
 from clipmini.data.health import Fault
 from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, Shard, split_name, walk
 from clipmini.data.picture import Picture
 from clipmini.data.processes import check_stopped, map_in_processes
 from clipmini.data.remote import is_remote
+from clipmini.data.store import check_size
+from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
 
 # Defects that do not keep us from reading a shard, besides the causes in `data.health`.
@@ -37,11 +40,12 @@ class Defect:
 
 @dataclass(frozen=True)
 class Rules:
-    """What samples are measured by: the values of `data` in the config."""
+    """What samples are measured by: the values of `data` in the config, and CLIP's tokenizer."""
 
     captions: Captions
     max_member_bytes: int
     max_pixels: int
+    tokenize: Tokenize
 
     def is_pair(self, extensions: Collection[str]) -> bool:
         """Say whether members with these extensions are counted as a pair."""
@@ -61,7 +65,9 @@ def find_defects(
         num_workers: processes; None takes all cores.
     """
     work = functools.partial(verify_shard, rules=rules, cache=cache)
-    for defects in map_in_processes(work, shards, description="verifying shards", num_workers=num_workers):
+    for defects in map_in_processes(
+        work, shards, description="verifying shards", num_workers=num_workers, preload=(__name__,)
+    ):
         yield from defects
 
 
@@ -129,15 +135,17 @@ def check_content(file: int, members: Mapping[str, Member], rules: Rules) -> Ite
     content: dict[str, bytes] = {}
     for extension in [name for name in members if name in (picture, *rules.captions.extensions)]:
         member = members[extension]
-        if member.size > rules.max_member_bytes:
-            yield "too_many_bytes", f".{extension} has {member.size}, data.max_member_bytes={rules.max_member_bytes}"
+        try:
+            check_size(extension, member.size, rules.max_member_bytes)
+        except Fault as fault:
+            yield fault.cause, fault.detail
         else:
             content[extension] = os.pread(file, member.size, member.offset)
     faults = (
         [] if picture is None or picture not in content else find_picture_faults(content[picture], rules.max_pixels)
     )
     if not (set(rules.captions.extensions) & set(members)) - set(content):
-        faults += rules.captions.faults(content)
+        faults += rules.captions.faults(content, functools.partial(encode_caption, tokenize=rules.tokenize))
     yield from ((fault.cause, fault.detail) for fault in faults)
 
 
