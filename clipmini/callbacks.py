@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,17 +15,20 @@ from pytorch_lightning.callbacks import Callback
 
 from clipmini import distributed
 from clipmini.console import ProgressDisplay
-from clipmini.data.health import CAUSES, BadSample, check_bad_fraction, count_causes, read_quarantine
+from clipmini.data.health import BadSample, check_bad_fraction, read_causes, read_quarantine
 from clipmini.files import filter_rows
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
 
+LEDGER_HEADER = "step,position,key\n"
+
 
 class Monitor(Callback):
     """Measures the run, and every n steps writes to the loggers and to the screen.
 
-    Between two writes nothing is read back from the device. Values are means over the processes.
+    Between two writes nothing is read back from the device. What the step measures is averaged over the processes; the
+    time and the wait for data are those of the first.
 
     Args:
         log_every_n_steps: n.
@@ -38,20 +40,22 @@ class Monitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.display = ProgressDisplay(trainer.max_steps, trainer.global_step) if trainer.is_global_zero else None
-        self.window_start = self.batch_end = time.perf_counter()
-        self.window_step = trainer.global_step
-        self.waited = 0.0
+        self.start_window(trainer)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.waited += time.perf_counter() - self.batch_end
+    def start_window(self, trainer: pl.Trainer) -> None:
+        """Begin to measure what is written next."""
+        assert trainer.train_dataloader is not None
+        self.window_start = time.perf_counter()
+        self.window_step = trainer.global_step
+        self.waited_before = trainer.train_dataloader.waited
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step % self.log_every_n_steps == 0 or step == trainer.max_steps:
             self.write(trainer, module, step)
+            self.start_window(trainer)
         if self.display:
             self.display.advance(step)
-        self.batch_end = time.perf_counter()
 
     def write(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         """Read the last step's measurements and pass them on."""
@@ -65,7 +69,7 @@ class Monitor(Callback):
         metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["throughput/samples_per_second"] = samples_per_second
-        metrics["throughput/data_wait"] = self.waited / seconds
+        metrics["throughput/data_wait"] = (trainer.train_dataloader.waited - self.waited_before) / seconds
         bad = trainer.train_dataloader.health.totals
         metrics |= {"data/bad_samples": bad.total(), **{f"data/{cause}": count for cause, count in bad.items()}}
         for logger in trainer.loggers:
@@ -76,7 +80,6 @@ class Monitor(Callback):
                 f"{samples_per_second:.0f} samples/s  data wait {metrics['throughput/data_wait']:.0%}"
             )
             self.display.update(step, text, (trainer.max_steps - step) / steps_per_second)
-        self.window_start, self.window_step, self.waited = time.perf_counter(), step, 0.0
 
     def on_train_end(self, *_: Any) -> None:
         if self.display:
@@ -100,6 +103,7 @@ class DataHealth(Callback):
         self.max_bad_fraction = max_bad_fraction
         self.every_n_steps = every_n_steps
         self.next_warning = 1
+        self.largest = 0  # number of bad samples in a window
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert trainer.train_dataloader is not None
@@ -111,29 +115,26 @@ class DataHealth(Callback):
 
         if trainer.is_global_zero:
             filter_rows(self.quarantine, choose)
-            self.health.totals = count_causes(self.quarantine)
+            self.health.add(read_causes(self.quarantine))
+        known = distributed.all_gather_objects((self.health.totals, self.health.recent))
+        self.health.totals, self.health.recent = known[0]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
-            in_window = self.collect(trainer, module)
-            check_bad_fraction(in_window, self.max_bad_fraction, self.health.totals, self.quarantine)
+            self.collect(trainer)
+            check_bad_fraction(self.largest, self.max_bad_fraction, self.health.totals, self.quarantine)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, _: dict[str, Any]) -> None:
-        self.collect(trainer, module)  # the list must be as far as the checkpoint
+        self.collect(trainer)  # the list must be as far as the checkpoint
 
-    def collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
-        """Add up what the processes found, and return how many of the last samples are bad; every rank must call it."""
-        new = self.health.take()
-        found = Counter(bad.cause for bad in new)
-        counts = torch.tensor([*(found[cause] for cause in CAUSES), self.health.in_window()], device=module.device)
-        *by_cause, in_window = distributed.all_reduce_sum(counts).tolist()
-        if any(by_cause):
-            self.health.totals.update({cause: count for cause, count in zip(CAUSES, by_cause, strict=True) if count})
-            everyone = distributed.all_gather_objects(new)
-            if trainer.is_global_zero:
-                self.append(sorted((bad for of_rank in everyone for bad in of_rank), key=lambda bad: bad.position))
-                self.warn(trainer.global_step)
-        return in_window
+    def collect(self, trainer: pl.Trainer) -> None:
+        """Put together what the processes have found; every rank must call it."""
+        everyone = distributed.all_gather_objects(self.health.take())
+        bad = sorted((bad for of_rank in everyone for bad in of_rank), key=lambda bad: bad.position)
+        self.largest = max(self.largest, self.health.add((sample.position, sample.cause) for sample in bad))
+        if bad and trainer.is_global_zero:
+            self.append(bad)
+            self.warn(trainer.global_step)
 
     def warn(self, step: int) -> None:
         """Tell the first bad samples, and then whenever there are twice as many."""
@@ -170,9 +171,10 @@ class Ledger(Callback):
         step = trainer.global_step
 
         def choose(file: TextIO) -> Iterator[str]:
+            yield LEDGER_HEADER
             for row in csv.reader(file):
-                if len(row) == 3 and (row[0] == "step" or int(row[0]) <= step):
-                    yield to_csv([row])
+                if len(row) == 3 and row[0] != "step" and int(row[0]) <= step:
+                    yield to_csv([(int(row[0]), int(row[1]), row[2])])
 
         for path in self.directory.glob("rank-*.csv"):
             number = int(path.stem.removeprefix("rank-"))
@@ -189,7 +191,7 @@ class Ledger(Callback):
             path = self.directory / f"rank-{trainer.global_rank:05d}.csv"
             self.file = open(path, "a", newline="", encoding="utf-8", errors="replace")
             if not path.stat().st_size:
-                self.file.write("step,position,key\n")
+                self.file.write(LEDGER_HEADER)
         step = trainer.global_step
         self.file.write(to_csv((step, *pair) for pair in zip(batch["position"], batch["key"], strict=True)))
         self.file.flush()  # before the checkpoint of this step is there
@@ -203,7 +205,7 @@ class Ledger(Callback):
 
 
 def to_csv(rows: Iterable[Iterable[object]]) -> str:
-    """Write rows as lines of CSV."""
+    """Write rows as lines of CSV; text in quotes, as keys may hold anything."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
     return text.getvalue()

@@ -21,7 +21,10 @@ from clipmini.files import write_atomically
 from clipmini.model import Model
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
-IDENTITY = ("seed", "batch_size", "image_size", "model", "loss", "data.caption_key", "data.augmentation")
+IDENTITY = (
+    *("seed", "batch_size", "image_size", "model", "loss"),
+    *("data.caption_key", "data.augmentation", "data.draft", "data.max_pixels", "data.max_member_bytes"),
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

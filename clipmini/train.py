@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,8 @@ from clipmini import checkpoint, launch
 from clipmini.config import build, build_all
 from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
 from clipmini.data.decode import EvaluationTransform
-from clipmini.data.health import count_causes
-from clipmini.data.loader import ImageTextData, default_num_workers
+from clipmini.data.health import read_causes
+from clipmini.data.loader import ImageTextData, explain_workers
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.errors import UserError
 from clipmini.evaluation.datasets import ClassificationSet, read_classification_set
@@ -45,7 +46,7 @@ def train(cfg: DictConfig) -> None:
 
     launch.check_batch(processes, batch_size=cfg.batch_size, micro_batch=cfg.micro_batch)
     datasets = [read_classification_set(directory) for directory in cfg.evaluation.datasets]
-    data = build_data(cfg)
+    data = build_data(cfg, processes)
     pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
     module = build_module(cfg, config, total_steps)
@@ -63,7 +64,7 @@ def train(cfg: DictConfig) -> None:
     model = module.model.to(trainer.strategy.root_device)
     if processes.rank == 0:
         checkpoint.export_open_clip(model, run / "model")
-    evaluate(model, tokenize, datasets, cfg, trainer, run)
+    evaluate(model, tokenize, datasets, cfg, trainer, run, num_workers=data.num_workers)
     log_files(run)
 
 
@@ -91,7 +92,7 @@ def count_steps(steps: int | None, epochs: float | None, num_samples: int, batch
     return total
 
 
-def build_data(cfg: DictConfig) -> ImageTextData:
+def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     """Find and count the shards, and make the order of samples.
 
     Raises:
@@ -101,7 +102,7 @@ def build_data(cfg: DictConfig) -> ImageTextData:
         raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: must be 1 or more")
-    return build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed)
+    return build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed, num_cores=processes.num_cores)
 
 
 def build_module(cfg: DictConfig, config: dict[str, Any], total_steps: int) -> ClipModule:
@@ -172,7 +173,11 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, resume: Pa
     if resume:
         log.info("resuming from %s", resume)
     start = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        explain_workers(error, num_workers=data.num_workers, timeout=data.timeout)
+        raise
     log.info("trained in %s", format_seconds(time.perf_counter() - start))
 
 
@@ -183,6 +188,8 @@ def evaluate(
     cfg: DictConfig,
     trainer: pl.Trainer,
     run: Path,
+    *,
+    num_workers: int,
 ) -> None:
     """Classify every data set, print the table and write the results."""
     preprocess = model.visual.preprocess_cfg
@@ -195,7 +202,7 @@ def evaluate(
             dataset,
             transform=transform,
             batch_size=cfg.evaluation.batch_size,
-            num_workers=default_num_workers(trainer.num_devices),
+            num_workers=num_workers,
             device=trainer.strategy.root_device,
         )
         results.append((dataset, metrics))
@@ -229,7 +236,7 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
 
 def log_health(quarantine: Path, samples_seen: int) -> None:
     """Say how many samples could not be used, and why."""
-    causes = count_causes(quarantine)
+    causes = Counter(cause for _, cause in read_causes(quarantine))
     if not causes:
         log.info("data health: all of %s samples were good", f"{samples_seen:,}")
         return

@@ -91,6 +91,7 @@ def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int =
         "ledger": True,
         "batch_size": 12,
         "seed": 3,
+        "num_cores": 2,
     }
     data = ImageTextData(train=train, cache=cache, **{**options, **changes})  # type: ignore[arg-type]
     data.prepare(tokenize=ClipTokenizer(24), padding=0, size=size, num_steps=num_steps)

@@ -119,6 +119,30 @@ def test_too_many_bad_samples_stop_the_run(compose: Compose, tiny_json: Path, tm
     assert len(listed) > 10 and (tmp_path / "run/metrics.csv").read_text().count("\n") < 20  # long before the end
 
 
+def test_samples_that_stop_the_run_are_listed(compose: Compose, tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 60)
+    for sample in samples:
+        sample["txt"] = b""
+    write_tar(tmp_path / "shards/a.tar", samples)
+    with pytest.raises(UserError, match="100 samples in a row cannot be used, at position 0 of data.train"):
+        run(compose, tiny_json, tmp_path / "shards", tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert len(listed) == 100 and {(row["position"], row["cause"]) for row in listed} == {(0, "caption")}
+
+
+def test_keys_of_any_kind_survive_a_resume_in_the_ledger(compose: Compose, tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 32)
+    for number, sample in enumerate(samples):
+        sample["__key__"] = f'{number},"a"\r{number}'
+    write_tar(tmp_path / "shards/a.tar", samples)
+    for steps in (2, 4):
+        run(compose, tiny_json, tmp_path / "shards", tmp_path / "run", f"steps={steps}", "data.ledger=true")
+    with open(tmp_path / "run/ledger/rank-00000.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [step for step in range(1, 5) for _ in range(16)]
+    assert {row["key"] for row in rows} == {sample["__key__"] for sample in samples}
+
+
 def test_a_resumed_run_lists_every_bad_sample_once(compose: Compose, tiny_json: Path, tmp_path: Path) -> None:
     shards = write_bad_shards(tmp_path / "shards", 4)
     whole = ("steps=12", "data.ledger=true")

@@ -102,7 +102,9 @@ def test_a_finished_run_is_not_trained_again(
     assert "already trained" in (directory / "train.log").read_text()
 
 
-@pytest.mark.parametrize("change", ["seed=1", "batch_size=8", "model.embed_dim=16", "loss.max_scale=50"])
+@pytest.mark.parametrize(
+    "change", ["seed=1", "batch_size=8", "model.embed_dim=16", "loss.max_scale=50", "data.draft=off"]
+)
 def test_another_run_of_the_same_name_is_refused(
     change: str, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
 ) -> None:

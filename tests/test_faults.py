@@ -15,7 +15,7 @@ import torch
 from conftest import make_cache, make_data, read_sample, write_tar
 from servers import serve
 
-from clipmini.data.dataset import BAD, Batch, PairDataset
+from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.health import BadSample
 from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
@@ -40,8 +40,8 @@ def read_all(data: ImageTextData, steps: int = 2) -> list[Batch]:
     batches = []
     for step in range(steps):
         batch = dataset[data.plan.batch(step, data.batch_size)]
-        if isinstance(batch, UserError):
-            raise batch
+        if ERROR in batch:
+            raise batch[ERROR]
         batches.append(batch)
     return batches
 
@@ -269,5 +269,5 @@ def test_nothing_but_bad_samples_stops_the_run(workers: int, tmp_path: Path) -> 
         UserError,
         match=r"100 samples in a row cannot be used, at position \d+ of data.train \(train\); .*a\.tar, sample",
     ) as caught:
-        list(data.loader(0, 1, 1))
+        list(data.loader(0, 1))
     assert "\n" not in str(caught.value)

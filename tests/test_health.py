@@ -5,34 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from clipmini.data.health import WINDOW, BadSample, Fault, Health, check_bad_fraction, count_causes
+from clipmini.data.health import WINDOW, BadSample, Fault, Health, check_bad_fraction, read_causes
 from clipmini.errors import UserError
 
 BAD = BadSample(7, "train", "/x/a.tar", 3, "key", "picture", "cut")
 
 
-def test_window_forgets_what_is_long_ago() -> None:
-    health = Health(world_size=1)
-    for step in range(300):
-        health.record(100, [BAD] if step < 150 else [])
-        seen = min(step + 1, 100)  # batches in the window
-        assert health.in_window() == sum(1 for batch in range(step + 1 - seen, step + 1) if batch < 150)
-    assert health.in_window() == 0 and len(health.take()) == 150 and not health.take()
+def test_window_is_one_of_positions() -> None:
+    health = Health()
+    assert health.add([(position, "picture") for position in range(0, 100)]) == 100
+    assert health.add([(WINDOW - 1, "picture")]) == 101
+    assert health.add([(WINDOW + 49, "caption")]) == 52  # 0 to 49 are forgotten
+    assert health.add([(3 * WINDOW, "caption")]) == 1
+    assert health.totals == Counter(picture=101, caption=2)
 
 
-def test_processes_share_the_window() -> None:
-    healths = [Health(world_size=4) for _ in range(4)]
-    for _ in range(WINDOW // 100 + 20):
-        for health in healths:
-            health.record(25, [BAD])
-    assert sum(health.in_window() for health in healths) == WINDOW // 100 * 4
+def test_a_burst_is_seen_however_much_is_added_at_once() -> None:
+    burst = [(position, "picture") for position in range(5 * WINDOW, 5 * WINDOW + 200)]
+    assert Health().add([(0, "picture"), *burst, (9 * WINDOW, "picture")]) == 200
 
 
-def test_batches_larger_than_the_window_count_as_they_are() -> None:
-    health = Health(world_size=1)
-    for _ in range(3):
-        health.record(3 * WINDOW, [BAD])
-    assert health.in_window() == 1
+def test_substitutes_that_are_bad_too_are_of_one_position() -> None:
+    health = Health()
+    assert health.add([(7, "picture"), (7, "picture"), (7, "caption")]) == 1
+    assert health.totals.total() == 3
+
+
+def test_new_ones_are_taken_once() -> None:
+    health = Health()
+    health.new += [BAD, BAD]
+    assert health.take() == [BAD, BAD] and not health.take()
 
 
 def test_limit_is_a_share_of_the_window() -> None:
@@ -46,9 +48,9 @@ def test_limit_is_a_share_of_the_window() -> None:
 
 
 def test_causes_of_a_file_that_was_cut(tmp_path: Path) -> None:
-    assert count_causes(tmp_path / "q.jsonl") == Counter()
-    (tmp_path / "q.jsonl").write_text('{"cause": "picture"}\n{"cause": "caption"}\n{"cause": "picture"}\n{"cau')
-    assert count_causes(tmp_path / "q.jsonl") == Counter(picture=2, caption=1)
+    assert list(read_causes(tmp_path / "q.jsonl")) == []
+    (tmp_path / "q.jsonl").write_text('{"position": 1, "cause": "picture"}\n{"position": 5, "cause": "caption"}\n{"pos')
+    assert list(read_causes(tmp_path / "q.jsonl")) == [(1, "picture"), (5, "caption")]
 
 
 def test_a_fault_is_one_line() -> None:

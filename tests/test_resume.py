@@ -129,6 +129,22 @@ def test_killed_at_any_moment_each_position_is_trained_once(
     assert read_losses(directory)[-1] == pytest.approx(read_losses(whole)[-1], abs=1e-5)
 
 
+def test_a_worker_that_is_killed_ends_the_run_in_one_message(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
+    arguments = options(tiny_json, shards, "data.num_workers=1", "steps=100000", "checkpoint.every_n_steps=5")
+    process = subprocess.Popen(
+        command(1, arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "outputs/run/checkpoints").glob("*.ckpt")):
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data")]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 2 and "Traceback" not in error
+    assert "clipmini: the data did not come: DataLoader worker" in error and "the same command goes on" in error
+
+
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     pytest.importorskip("moto.server")

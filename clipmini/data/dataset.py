@@ -17,6 +17,7 @@ from clipmini.errors import UserError
 # image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b]; with a ledger lists of position and key
 Batch = dict[str, Any]
 BAD = "bad"  # where a batch carries its bad samples from a worker to the main process
+ERROR = "error"  # and, in place of all else, what must stop the run
 
 
 class PairDataset(Dataset):
@@ -32,8 +33,8 @@ class PairDataset(Dataset):
         self.with_keys = with_keys
         self.blocks: set[tuple[int, int, int, int]] = set()  # of the last batch: source, epoch, stream and block
 
-    def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Batch | UserError:
-        """Read and decode a batch; what must stop the run is a value, so that it stays one message."""
+    def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Batch:
+        """Read and decode a batch; an error that must stop the run is part of it, so that it stays one message."""
         places = self.plan.lookup(positions)
         bad: list[BadSample] = []
         examples, keys = [], []
@@ -44,7 +45,9 @@ class PairDataset(Dataset):
                 examples.append(example)
                 keys.append(key)
         except UserError as error:
-            return error
+            return {ERROR: error, BAD: bad}
+        finally:
+            self.store.close_remote()
         batch: Batch = self.decoder.collate(examples)
         if self.with_keys:
             batch |= {"position": np.asarray(positions).tolist(), "key": keys}

@@ -21,7 +21,7 @@ CAUSES = (
     "json",  # it cannot be read
     "row",  # of a table that is packed: it cannot be read
 )
-WINDOW = 10_000  # samples, over all processes, in which the bad ones are counted
+WINDOW = 10_000  # samples in which the bad ones are counted
 MAX_IN_A_ROW = 100  # samples tried for one place
 
 
@@ -58,51 +58,55 @@ class BadSample:
 
 
 class Health:
-    """Counts the bad samples of this process.
+    """The bad samples of a run.
 
-    Args:
-        world_size: processes that share the window.
+    Attributes:
+        new: those that this process has found since they were last taken.
+        totals: by cause, of all processes and since the start.
+        recent: positions of the last bad ones, no two further apart than the window.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.window = WINDOW // world_size
-        self.batches: deque[tuple[int, int]] = deque()  # samples and bad ones of the last batches
-        self.seen = 0  # samples in those batches
+    def __init__(self) -> None:
         self.new: list[BadSample] = []
-        self.totals: Counter[str] = Counter()  # by cause, of all processes and since the start, as last added up
-
-    def record(self, num_samples: int, bad: list[BadSample]) -> None:
-        """Add a batch."""
-        self.batches.append((num_samples, len(bad)))
-        self.seen += num_samples
-        while len(self.batches) > 1 and self.seen - self.batches[0][0] >= self.window:
-            self.seen -= self.batches.popleft()[0]
-        self.new += bad
-
-    def in_window(self) -> int:
-        """Return how many of the last samples were bad."""
-        return sum(bad for _, bad in self.batches)
+        self.totals: Counter[str] = Counter()
+        self.recent: deque[int] = deque()
 
     def take(self) -> list[BadSample]:
-        """Return what was found bad since the last call."""
+        """Return what this process found since the last call."""
         new, self.new = self.new, []
         return new
 
+    def add(self, causes: Iterable[tuple[int, str]]) -> int:
+        """Add the positions and causes of bad samples of all processes, by position.
 
-def check_bad_fraction(in_window: int, max_bad_fraction: float, counts: Counter[str], quarantine: object) -> None:
+        Returns:
+            The largest number of positions with bad samples in any window that ends at one of them.
+        """
+        largest = 0
+        for position, cause in causes:
+            self.totals[cause] += 1
+            if not self.recent or position > self.recent[-1]:
+                self.recent.append(position)
+            while self.recent[0] <= position - WINDOW:
+                self.recent.popleft()
+            largest = max(largest, len(self.recent))
+        return largest
+
+
+def check_bad_fraction(in_window: int, max_bad_fraction: float, totals: Counter[str], quarantine: object) -> None:
     """Stop a run whose data is too bad.
 
     Args:
-        in_window: bad samples among the last WINDOW of all processes.
+        in_window: bad samples among the last WINDOW.
         max_bad_fraction: of the window.
-        counts: bad samples by cause.
+        totals: bad samples by cause.
         quarantine: the file that lists them.
 
     Raises:
         UserError: too many.
     """
     if in_window > max_bad_fraction * WINDOW:
-        causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+        causes = ", ".join(f"{count} {cause}" for cause, count in totals.most_common())
         raise UserError(
             f"{in_window} of the last {WINDOW} samples cannot be used, more than "
             f"data.max_bad_fraction={max_bad_fraction:g} allows (in all: {causes}): {quarantine} lists them; mend the "
@@ -120,9 +124,8 @@ def read_quarantine(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]
         yield line, row
 
 
-def count_causes(quarantine: Path) -> Counter[str]:
-    """Count the bad samples of a run by cause."""
-    if not quarantine.exists():
-        return Counter()
-    with open(quarantine, encoding="utf-8", errors="replace") as file:
-        return Counter(row["cause"] for _, row in read_quarantine(file))
+def read_causes(quarantine: Path) -> Iterator[tuple[int, str]]:
+    """Yield position and cause of the bad samples of a run."""
+    if quarantine.exists():
+        with open(quarantine, encoding="utf-8", errors="replace") as file:
+            yield from ((row["position"], row["cause"]) for _, row in read_quarantine(file))

@@ -1,6 +1,7 @@
 """Batches for the trainer: the plan's positions, read and decoded by workers, resumable at any step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,13 +13,12 @@ from torch.utils.data import DataLoader
 
 from clipmini.data.augment import Augmentation
 from clipmini.data.cache import ShardCache
-from clipmini.data.dataset import BAD, Batch, PairDataset
+from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Captions, Decoder
 from clipmini.data.health import Health
 from clipmini.data.index import PairFormat
 from clipmini.data.manifest import read_manifest
 from clipmini.data.plan import Plan
-from clipmini.data.processes import count_cores
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
@@ -29,9 +29,25 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def default_num_workers(local_ranks: int) -> int:
-    """Return the cores there are for each rank of this machine, less one for training, from 1 to 8."""
-    return max(1, min(8, count_cores() // local_ranks - 1))
+def explain_workers(error: RuntimeError, *, num_workers: int, timeout: float) -> None:
+    """Tell in one message that a loader process died or is stuck, if that is what an error says.
+
+    Torch notices a death by a signal, so that its error can come up anywhere in the main process.
+
+    Raises:
+        UserError: it is.
+    """
+    if "DataLoader" in str(error):
+        raise UserError(
+            f"the data did not come: {' '.join(str(error).split())} (data.timeout={timeout:g} seconds, "
+            f"data.num_workers={num_workers}; a worker that is killed may have had too little memory); nothing is "
+            "lost, the same command goes on from the last checkpoint"
+        ) from error
+
+
+def default_num_workers(num_cores: int) -> int:
+    """Return the cores that a process has, less one for training, from 1 to 8."""
+    return max(1, min(8, num_cores - 1))
 
 
 def pass_on(batch: Any) -> Any:
@@ -102,20 +118,24 @@ class TrainLoader:
         self.padding = padding
         self.pin_memory = pin_memory
         self.samples = 0
-        self.health = Health(world_size)
+        self.waited = 0.0  # seconds that the trainer waited for batches
+        self.health = Health()
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
+        start = time.perf_counter()
         for batch in self.read_batches():
-            if isinstance(batch, UserError):
-                raise batch
-            self.health.record(len(batch["image"]), batch.pop(BAD))
+            self.waited += time.perf_counter() - start
+            self.health.new += batch.pop(BAD)
+            if ERROR in batch:
+                raise batch[ERROR]
             self.samples += self.batch_size
             yield {**batch, "text": trim(batch["text"], self.padding)}
+            start = time.perf_counter()
 
-    def read_batches(self) -> Iterator[Batch | UserError]:
+    def read_batches(self) -> Iterator[Batch]:
         """Run the workers.
 
         Raises:
@@ -145,14 +165,8 @@ class TrainLoader:
         try:
             yield from loader
         except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the data did not come: {reason} (data.timeout={self.timeout:g} seconds, data.num_workers="
-                f"{self.num_workers}; a worker that is killed may have had too little memory); nothing is lost, the "
-                "same command goes on from the last checkpoint"
-            ) from error
+            explain_workers(error, num_workers=self.num_workers, timeout=self.timeout)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "plan": self.dataset.plan.digest()}
@@ -192,6 +206,7 @@ class ImageTextData(pl.LightningDataModule):
         ledger: whether batches carry the positions and keys of their samples, to be written down.
         batch_size: global, over all ranks.
         seed: decides the order and every random choice, with the position of a sample.
+        num_cores: of this process.
 
     Raises:
         UserError: no shards, no pairs, or values out of range.
@@ -218,6 +233,7 @@ class ImageTextData(pl.LightningDataModule):
         ledger: bool,
         batch_size: int,
         seed: int,
+        num_cores: int,
     ) -> None:
         super().__init__()
         check_range("num_workers", num_workers, 0)
@@ -233,7 +249,7 @@ class ImageTextData(pl.LightningDataModule):
         self.augmentation = augmentation
         self.draft = draft
         self.max_pixels = max_pixels
-        self.num_workers = num_workers
+        self.num_workers = default_num_workers(num_cores) if num_workers is None else num_workers
         self.start_method = start_method
         self.prefetch_factor = prefetch_factor
         self.timeout = timeout
@@ -269,9 +285,9 @@ class ImageTextData(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None
-        return self.loader(trainer.global_rank, trainer.world_size, trainer.num_devices)
+        return self.loader(trainer.global_rank, trainer.world_size)
 
-    def loader(self, rank: int, world_size: int, local_ranks: int) -> TrainLoader:
+    def loader(self, rank: int, world_size: int) -> TrainLoader:
         """Make the loader of a rank."""
         return TrainLoader(
             PairDataset(self.manifest, self.plan, self.store, self.decoder, with_keys=self.ledger),
@@ -279,7 +295,7 @@ class ImageTextData(pl.LightningDataModule):
             num_steps=self.num_steps,
             rank=rank,
             world_size=world_size,
-            num_workers=default_num_workers(local_ranks) if self.num_workers is None else self.num_workers,
+            num_workers=self.num_workers,
             start_method=self.start_method,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,
