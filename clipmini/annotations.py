@@ -46,8 +46,11 @@ def matches(value: Any, hint: Any) -> bool:
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping)
     if issubclass(kind, Sequence) and kind is not str:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        return is_list and (not options or all(matches(item, options[0]) for item in value))
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return False
+        if kind is tuple and options and options[-1] is not Ellipsis:
+            return len(value) == len(options) and all(map(matches, value, options))
+        return not options or all(matches(item, options[0]) for item in value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

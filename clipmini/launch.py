@@ -12,6 +12,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
+from clipmini.data.processes import count_cores
 from clipmini.errors import UserError
 
 
@@ -31,6 +32,11 @@ class Launch:
     @property
     def num_nodes(self) -> int:
         return self.world_size // self.local_world_size
+
+    @property
+    def num_cores(self) -> int:
+        """The cores of each process: srun gives every task its own, others leave all to all."""
+        return count_cores() if self.launcher == "srun" else max(1, count_cores() // self.local_world_size)
 
 
 def read_launch() -> Launch:

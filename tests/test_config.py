@@ -64,7 +64,7 @@ def test_choice_builds(
 
     module = train.build_module(cfg, {}, total_steps=10)
     assert module.model.architecture["embed_dim"] == module.model.text_projection.shape[1]
-    assert config.build(cfg, "data", batch_size=64, seed=0).manifest.num_samples > 0
+    assert train.build_data(cfg, processes).manifest.num_samples > 0
     if choice == "logger=wandb" and not has_wandb():
         with pytest.raises(UserError, match=r"logger.wandb needs .*wandb"):
             train.build_trainer(cfg, processes, 10)

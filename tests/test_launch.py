@@ -53,6 +53,13 @@ def test_an_sbatch_script_without_srun_is_one_process(monkeypatch: pytest.Monkey
     assert isinstance(launch.choose_environment(processes), LightningEnvironment)
 
 
+def test_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "count_cores", lambda: 16)
+    assert [Launch("torchrun", 8, ranks, 0).num_cores for ranks in (1, 4, 32)] == [16, 4, 1]
+    assert Launch("srun", 8, 4, 0).num_cores == 16  # those that srun gave to this task
+    assert ALONE.num_cores == 16
+
+
 def test_batch_must_split_evenly() -> None:
     launch.check_batch(Launch("torchrun", 3, 3, 0), batch_size=12, micro_batch=4)
     with pytest.raises(UserError, match="batch_size=13: must be a positive multiple of the 3 processes"):
