@@ -157,9 +157,11 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
         ledger=False,
         batch_size=BATCH,
         seed=0,
+        num_cores=1,
     )
-    data.prepare(tokenize=clock.of("tokenise", ClipTokenizer(77)), padding=None, size=PIXELS, num_steps=2**40)
-    loader = data.loader(0, 1, 1)
+    tokenize = clock.of("tokenise", ClipTokenizer(77))
+    data.prepare(tokenize=tokenize, padding=None, size=PIXELS, num_steps=2**40)
+    loader = data.loader(0, 1)
     plan, store, decoder = loader.dataset.plan, loader.dataset.store, loader.dataset.decoder
     for part, name, stage in (
         (plan, "batch", "plan"),
