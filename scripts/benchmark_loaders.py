@@ -29,7 +29,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import ClipTokenizer
 
-BATCH = 32
+BATCH = 64
 PIXELS = 224  # of what comes out
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # open_clip's crop
 PER_SHARD = 64

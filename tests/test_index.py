@@ -235,7 +235,10 @@ def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
         (header(b"p", b"00000000020", b"x") + b"0 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
         (header(b"p", b"00000000020", b"x") + b"99 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
         (header(b"p", b"00000000020", b"x") + b"\xb2 path=a.jpg\n".ljust(512), "has a pax header that cannot be read"),
-        (header(b"p", b"00000011610", b"x") + (b"9" * 5000).ljust(5120), "has a pax header that cannot be read"),
+        (
+            header(b"p", b"00000003727", b"x") + b"9" * 2000 + b" path=a".ljust(48),
+            "has a pax header that cannot be read",
+        ),
         (header(b"p", b"00000012000", b"x") + b"5120 path=" + b"n" * 5110, "has a name of more than 4096 bytes"),
         (header(b"p", b"00000012000", b"L") + b"n" * 5120, "has a name of more than 4096 bytes"),
         (header(b"p", b"00000000015", b"x") + b"13 size=-512\n".ljust(512) + header(b"a", b"0"), "a size of -512"),

@@ -87,6 +87,15 @@ def test_special_tokens_in_captions_are_plain_text() -> None:
         assert ids[0] == 49406 and ids.count(49406) == 1 and ids.count(49407) == 1, text
 
 
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+def test_an_entity_of_too_many_digits_is_not_the_end(clean: str) -> None:
+    text = f"a &amp; b &#{'9' * 5000}; c"
+    with pytest.raises(ValueError, match="Exceeds the limit"):
+        open_clip.SimpleTokenizer(context_length=20, clean=clean)([text])
+    tokenizer = ClipTokenizer(20, clean)
+    assert torch.equal(tokenizer([text]), tokenizer(["a & b c"]))
+
+
 def test_long_captions_are_cut_and_keep_their_end() -> None:
     ids = ClipTokenizer(8)(["one two three four five six seven eight nine"])[0]
     assert ids[0] == 49406 and ids[-1] == 49407 and (ids != 0).all()

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ class Captions:
         drawn = draws.random()
         return next((key for key, limit in zip(keys, limits, strict=True) if drawn < limit), keys[-1])
 
-    def faults(self, members: Mapping[str, bytes], use: Callable[[str], object] = str) -> Iterator[Fault]:
-        """Yield what is wrong with any caption that could be drawn, also for what uses it."""
+    def faults(self, members: Mapping[str, bytes]) -> Iterator[Fault]:
+        """Yield what is wrong with any caption that could be drawn."""
         for key in self.probabilities:
             try:
                 value = read_value(members, key)
@@ -67,7 +67,7 @@ class Captions:
                 continue
             for caption in value if isinstance(value, list) and value else [value]:
                 try:
-                    use(check_caption(caption, key))
+                    check_caption(caption, key)
                 except Fault as fault:
                     yield fault
 

@@ -13,7 +13,6 @@ from torchvision.transforms import InterpolationMode
 from clipmini.data.augment import Augmentation
 from clipmini.data.captions import Captions, caption_id
 from clipmini.data.draws import Draws
-from clipmini.data.health import Fault
 from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
 
@@ -48,8 +47,7 @@ class Example(NamedTuple):
     """A decoded sample."""
 
     image: Tensor  # uint8 [3, size, size]
-    text: Tensor  # int64 [context]
-    id: int  # of the caption
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,11 @@ class Decoder:
         picture = Picture(data, max_pixels=self.max_pixels)
         box = self.augmentation.draw_box(picture.width, picture.height, draws)
         image = self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
-        return Example(image, encode_caption(caption, self.tokenize), caption_id(caption))
+        return Example(image, caption)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch: image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal
         id)."""
-        images, texts, ids = zip(*examples, strict=True)
-        return {"image": torch.stack(images), "text": torch.stack(texts), "id": torch.tensor(ids)}
-
-
-def encode_caption(caption: str, tokenize: Tokenize) -> Tensor:
-    """Turn a caption into token ids, int64 [context].
-
-    Raises:
-        Fault: the tokenizer refuses it, as open_clip's cleaning does with numeric entities of thousands of digits.
-    """
-    try:
-        return tokenize([caption])[0]
-    except Exception as error:  # a library's, over hostile text
-        raise Fault("caption", f"cannot be tokenized: {error}") from error
+        images, captions = zip(*examples, strict=True)
+        ids = torch.tensor([caption_id(caption) for caption in captions])
+        return {"image": torch.stack(images), "text": self.tokenize(captions), "id": ids}

@@ -66,24 +66,21 @@ class ShardStore:
             Fault: the shard or the sample cannot be read, or a member is too large.
             UserError: the shard cannot be fetched, or holds more than was counted, or the system refuses files.
         """
-        found = self.index(shard)
+        return self.persist(shard, functools.partial(self.read_once, shard, index, only))
+
+    def read_once(self, shard: Shard, index: int, only: Collection[str] | None) -> dict[str, bytes]:
+        found, file = self.open_index(shard), self.open_file(shard)
         if index >= len(found):
             cause = "damaged_shard" if found.damage else "absent_sample"
             raise Fault(cause, found.damage or tell_missing(found, shard))
         members = {}
         for extension, (offset, size) in found.members(index).items():
-            if only is not None and extension not in only:
-                continue
-            check_size(extension, size, self.max_member_bytes)
-            data = self.persist(shard, functools.partial(self.read_bytes, shard, offset, size))
-            if len(data) != size:
-                raise Fault("damaged_shard", f"ends inside .{extension}")
-            members[extension] = data
+            if only is None or extension in only:
+                check_size(extension, size, self.max_member_bytes)
+                members[extension] = os.pread(file, size, offset)
+                if len(members[extension]) != size:
+                    raise Fault("damaged_shard", f"ends inside .{extension}")
         return members
-
-    def read_bytes(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Read some bytes of a shard, fewer where it ends."""
-        return os.pread(self.open_file(shard), size, offset)
 
     def persist(self, shard: Shard, action: Callable[[], Result]) -> Result:
         """Do something with a shard, a few times where the disk or the network file system fails.
@@ -133,17 +130,19 @@ class ShardStore:
 
     def open_index(self, shard: Shard) -> ShardIndex:
         """Return the index of a shard, and open that if it is not known."""
-        found = self.indexes.pop(shard.path, None)
-        if found is None:
-            found = self.load_index(shard)
-            if 0 <= shard.num_samples < len(found):
-                raise UserError(
-                    f"{shard.path} holds {len(found)} pairs, but {shard.num_samples} were counted, so that some "
-                    "would never be seen: count again with `clipmini shards index`"
-                )
-            if len(self.indexes) >= MAX_INDEXES:
-                self.indexes.popitem(last=False)
-        self.indexes[shard.path] = found  # the last used last
+        found = self.indexes.get(shard.path)
+        if found is not None:
+            self.indexes.move_to_end(shard.path)
+            return found
+        found = self.load_index(shard)
+        if 0 <= shard.num_samples < len(found):
+            raise UserError(
+                f"{shard.path} holds {len(found)} pairs, but {shard.num_samples} were counted, so that some would "
+                "never be seen: count again with `clipmini shards index`"
+            )
+        if len(self.indexes) >= MAX_INDEXES:
+            self.indexes.popitem(last=False)
+        self.indexes[shard.path] = found
         return found
 
     def load_index(self, shard: Shard) -> ShardIndex:

@@ -25,6 +25,7 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 # https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 NUM_MERGES = 49152 - 256 - 2
+HUGE_ENTITY = regex.compile(r"&#\d{1000,};?")
 # What ftfy and html.unescape, the slow part of cleaning, leave as it is: printable ASCII without an ampersand.
 PLAIN = regex.compile(r"[ -%'-~]*")
 
@@ -52,6 +53,15 @@ def trim(text: Tensor, padding: int | None) -> Tensor:
         return text
     used = (text != padding).any(dim=0).nonzero()
     return text[:, : int(used[-1]) + 1] if len(used) else text
+
+
+def clean_text(text: str, clean: str) -> str:
+    """Clean text as open_clip does, also where that fails: Python does not convert numbers of thousands of digits."""
+    function = get_clean_fn(clean)
+    try:
+        return function(text)
+    except ValueError:
+        return function(HUGE_ENTITY.sub(" ", text))
 
 
 class ClipTokenizer:
@@ -90,7 +100,7 @@ class ClipTokenizer:
         result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in enumerate(texts):
             is_plain = self.clean == "lower" and PLAIN.fullmatch(text)
-            cleaned = " ".join(text.split()).lower() if is_plain else get_clean_fn(self.clean)(text)
+            cleaned = " ".join(text.split()).lower() if is_plain else clean_text(text, self.clean)
             words = WORD.findall(cleaned)
             ids = self.encoder.encode(words, is_pretokenized=True).ids[: self.context_length - 2]
             result[row, : len(ids) + 2] = torch.tensor([self.start_token, *ids, self.end_token])

@@ -149,12 +149,11 @@ def index(overrides: Sequence[str]) -> None:
 
 def verify(overrides: Sequence[str]) -> int:
     """Print the defects of every source; 1 if there are any."""
-    from clipmini.data.tokenizer import DEFAULT_CONTEXT_LENGTH, ClipTokenizer
     from clipmini.shards.verify import Rules, find_defects
 
     data, cache = read_data(overrides)
     captions = Captions.from_key(data["caption_key"])
-    rules = Rules(captions, data["max_member_bytes"], data["max_pixels"], ClipTokenizer(DEFAULT_CONTEXT_LENGTH))
+    rules = Rules(captions, data["max_member_bytes"], data["max_pixels"])
     pair_format = PairFormat(captions.extensions)
     shards = []
     for entry in read_sources(data["train"]):

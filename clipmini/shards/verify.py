@@ -10,14 +10,12 @@ from dataclasses import dataclass
 
 from clipmini.data.cache import ShardCache
 from clipmini.data.captions import Captions
-from clipmini.data.decode import encode_caption
 from clipmini.data.health import Fault
 from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, Shard, split_name, walk
 from clipmini.data.picture import Picture
 from clipmini.data.processes import check_stopped, map_in_processes
 from clipmini.data.remote import is_remote
 from clipmini.data.store import check_size
-from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
 
 # Defects that do not keep us from reading a shard, besides the causes in `data.health`.
@@ -40,12 +38,11 @@ class Defect:
 
 @dataclass(frozen=True)
 class Rules:
-    """What samples are measured by: the values of `data` in the config, and CLIP's tokenizer."""
+    """What samples are measured by: the values of `data` in the config."""
 
     captions: Captions
     max_member_bytes: int
     max_pixels: int
-    tokenize: Tokenize
 
     def is_pair(self, extensions: Collection[str]) -> bool:
         """Say whether members with these extensions are counted as a pair."""
@@ -145,7 +142,7 @@ def check_content(file: int, members: Mapping[str, Member], rules: Rules) -> Ite
         [] if picture is None or picture not in content else find_picture_faults(content[picture], rules.max_pixels)
     )
     if not (set(rules.captions.extensions) & set(members)) - set(content):
-        faults += rules.captions.faults(content, functools.partial(encode_caption, tokenize=rules.tokenize))
+        faults += rules.captions.faults(content)
     yield from ((fault.cause, fault.detail) for fault in faults)
 
 
