@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="clipmini",
         description="Train CLIP-style image-text models.",
-        epilog="\n".join(f"  clipmini {name}  {text}" for name, text in COMMANDS.items()),
+        epilog="\n".join(f"  clipmini {name:7}{text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipmini {__version__}")

@@ -48,6 +48,7 @@ def test_forms_of_local_shards(form: str | list[str], shards: Path, tmp_path: Pa
         ([], r"data.train=\[\]: no shards"),
         ("", "data.train='': no shards"),
         ("{root}/{{a,b.tar", "data.train=.*: Unbalanced braces"),
+        ("gs://bucket/a.tar", r"gs://bucket/a.tar: .*gcsfs.*: pip install 'clipmini\[gs\]'"),
         ("nothing://bucket/a.tar", "nothing://bucket/a.tar: cannot be read .*Protocol not known: nothing"),
         ("pipe:cat a.tar", "data.train=pipe:cat a.tar: would run a command .*data.allow_pipe=true allows that"),
         (["{root}/a.tar", "pipe:cat a.tar"], "would run a command"),

@@ -44,6 +44,17 @@ def test_a_folder_takes_captions_from_beside_the_pictures(image: Image.Image, tm
     ]
 
 
+def test_captions_without_a_picture_are_told(
+    image: Image.Image, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(
+        tmp_path / "source", [{"__key__": "a", "jpg": encode(image), "txt": b"a"}, {"__key__": "b", "txt": b"b"}]
+    )
+    with caplog.at_level("INFO"):
+        assert run_pack(tmp_path / "source", tmp_path / "output").sizes == {"00000.tar": 1}
+    assert "not packed, as no part of a pair: 1 x .txt without a picture" in caplog.text
+
+
 def test_a_folder_takes_captions_from_the_names_of_folders(
     image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

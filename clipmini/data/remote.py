@@ -64,7 +64,10 @@ class Remote:
         protocol = url.split("://", 1)[0]
         try:
             return fsspec.core.url_to_fs(url, **self.storage_options.get(protocol, {}))
-        except (ImportError, ValueError, TypeError) as error:
+        except ImportError as error:
+            extra = {"s3": "'clipmini[s3]'", "gs": "'clipmini[gs]'"}.get(protocol, "what it names")
+            raise UserError(f"{url}: {error}: pip install {extra}") from error
+        except (ValueError, TypeError) as error:
             options = f"data.cache.storage_options.{protocol}"
             raise UserError(f"{url}: cannot be read ({error}); {options} may set more") from error
 

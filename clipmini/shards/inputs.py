@@ -42,7 +42,7 @@ class Input:
         digest: changes when the names, sizes or times of the input's files do.
         parts: of as many samples each as a shard shall have, in order; they travel to other processes.
         damage: number of samples before it, path and what is wrong, of each shard that ends too early.
-        dropped: members of shards that are not kept, by extension.
+        dropped: files and members that are not kept, by extension.
     """
 
     kind: str
@@ -141,12 +141,15 @@ def open_folder(root: str, caption_key: str, samples_per_shard: int) -> Input:
         hint = did_you_mean(caption_key, ("txt", "folder"))
         raise UserError(f"caption_key={caption_key}: of a folder of pictures it is txt or folder{hint}")
     paths: list[str] = []
+    texts: set[str] = set()
 
     def find() -> Iterator[tuple[str, os.stat_result | None]]:
         for path, status in walk_folder(root, frozenset()):
             extension = os.path.splitext(path)[1][1:].lower()
             if extension in IMAGE_EXTENSIONS:
                 paths.append(path)
+            if extension == "txt":
+                texts.add(os.path.splitext(path)[0])
             if extension in KEPT:
                 yield path, status
 
@@ -157,7 +160,10 @@ def open_folder(root: str, caption_key: str, samples_per_shard: int) -> Input:
     paths.sort()
     starts = range(0, len(paths), samples_per_shard)
     parts = [FolderPart(root, paths[start : start + samples_per_shard], caption_key) for start in starts]
-    return Input("pictures", len(paths), digest, parts)
+    lonely = texts - {os.path.splitext(path)[0] for path in paths} if caption_key == "txt" else set()
+    return Input(
+        "pictures", len(paths), digest, parts, dropped={".txt without a picture": len(lonely)} if lonely else {}
+    )
 
 
 def walk_folder(root: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result | None]]:

@@ -276,7 +276,7 @@ def log_summary(folder: Path, packed: Packed, rejected: Sequence[tuple[int, dict
         log.warning("damaged: %s %s; what follows is lost", path, what)
     if source.dropped:
         extensions = ", ".join(f"{count:,} x {name}" for name, count in sorted(source.dropped.items()))
-        log.info("members dropped, as no picture, .txt or .json, or one too many of a sample: %s", extensions)
+        log.info("not packed, as no part of a pair: %s", extensions)
     if rejected:
         total = f"{source.num_samples:,}"
         log.info("left out %s of %s samples: %s", f"{len(rejected):,}", total, count_causes(rejected))
