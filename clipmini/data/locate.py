@@ -8,7 +8,6 @@ import itertools
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
@@ -179,7 +178,7 @@ def split_query(path: str) -> tuple[str, str]:
 
 def parent(path: str) -> str:
     """Return the directory of a shard, for a path as for a URL."""
-    return split_query(path)[0].rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
+    return split_query(path)[0].rsplit("/", 1)[0] if is_remote(path) else os.path.dirname(path) or "."
 
 
 def base_name(path: str) -> str:

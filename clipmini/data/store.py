@@ -21,7 +21,6 @@ MIN_SAVED = 1000  # pairs; smaller shards are indexed faster than an index is re
 MAX_CAPTION_BYTES = 1 << 20  # of a .txt or .json: larger ones take minutes and gigabytes to parse
 TRIES = 3  # of what a disk or a network file system fails to do
 
-
 Result = TypeVar("Result")
 
 
