@@ -128,7 +128,8 @@ def test_shards_of_a_web_server(shards: Path, tmp_path: Path) -> None:
 
 def test_server_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     remote = make_cache(tmp_path, fetch_timeout=1.0).remote
-    with pytest.raises(UserError, match=r"127.0.0.1:9.*tried \d times \(data.cache.fetch_timeout=1 seconds\)"):
+    message = r"^data\.train=http://127.0.0.1:9/a\.tar: .*tried \d times \(data.cache.fetch_timeout=1 seconds\)"
+    with pytest.raises(UserError, match=message):
         locate("http://127.0.0.1:9/a.tar", "data.train", remote, allow_pipe=False)
 
 

@@ -115,7 +115,7 @@ def locate_remote(shards: str, key: str, remote: Remote, *, keep_missing: bool =
     """List the shards of a URL: of a directory or a glob by a listing, else each by its name."""
     urls = expand(shards, key)
     file_system, _ = remote.file_system(urls[0])
-    ask = functools.partial(ask_file_system, remote, file_system)
+    ask = functools.partial(ask_file_system, remote, file_system, key)
     try:
         found = list(itertools.chain.from_iterable(list_url(url, ask, file_system) for url in urls))
     except FileNotFoundError as error:
@@ -145,9 +145,10 @@ def is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def ask_file_system(remote: Remote, file_system: Any, method: str, path: str, **options: Any) -> Any:
-    """Call a method of a file system, patiently."""
-    return remote.ask(path, functools.partial(getattr(file_system, method), path, **options))
+def ask_file_system(remote: Remote, file_system: Any, key: str, method: str, path: str, **options: Any) -> Any:
+    """Call a method of a file system, patiently; the key is for messages."""
+    what = f"{key}={file_system.unstrip_protocol(path)}"
+    return remote.ask(what, functools.partial(getattr(file_system, method), path, **options))
 
 
 def list_url(url: str, ask: Callable[..., Any], file_system: Any) -> list[Shard]:
