@@ -22,8 +22,16 @@ from clipmini.model import Model
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = (
-    *("seed", "batch_size", "image_size", "model", "loss"),
-    *("data.caption_key", "data.augmentation", "data.draft", "data.max_pixels", "data.max_member_bytes"),
+    *("seed", "batch_size", "image_size", "model"),
+    *(f"loss.{name}" for name in ("kind", "init_scale", "init_bias", "max_scale", "duplicates", "terms")),
+    *(
+        "data.caption_key",
+        "data.hard_negatives",
+        "data.augmentation",
+        "data.draft",
+        "data.max_pixels",
+        "data.max_member_bytes",
+    ),
 )
 
 

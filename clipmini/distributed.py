@@ -1,13 +1,14 @@
-"""Rank, world size, and collectives that keep gradients; torch.distributed is asked when they are called.
+"""Rank, world size and collectives without gradient; torch.distributed is asked when they are called.
 
 W processes, b rows on each of them.
 """
 
+import functools
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 
 def is_distributed() -> bool:
@@ -25,25 +26,48 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-class AllGather(Function):
-    """All rows of all processes; the backward pass sums what every process says of our rows."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # gloo has no reduce-scatter in older torch
-        return gradient.chunk(world_size())[rank()]
-
-
 def all_gather(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in the order of ranks: [b, ...] to [W b, ...], with gradient."""
-    return AllGather.apply(rows) if is_distributed() else rows
+    """Concatenate the rows of all processes in the order of ranks: [b, ...] to [W b, ...]."""
+    if not is_distributed():
+        return rows
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather(list(gathered.chunk(world_size())), rows.contiguous())
+    return gathered
+
+
+def reduce_scatter_sum(rows: Tensor) -> Tensor:
+    """Sum rows over the processes and return this one's part of them: [W b, ...] to [b, ...]; `rows` is used up."""
+    if not is_distributed():
+        return rows
+    parts = list(rows.chunk(world_size()))
+    if dist.get_backend() == "gloo":  # which cannot do it before torch 2.7
+        dist.all_reduce(rows)
+        return parts[rank()]
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter(mine, parts)
+    return mine
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over the processes."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: Tensor) -> Tensor:
+    """Take the largest of each element over the processes."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Average a tensor over the processes."""
+    return all_reduce_sum(values) / world_size()
+
+
+def _all_reduce(values: Tensor, operation: Any) -> Tensor:
+    if is_distributed():
+        values = values.detach().clone()
+        dist.all_reduce(values, operation)
+    return values
 
 
 def all_gather_objects(item: object) -> list:
@@ -55,14 +79,16 @@ def all_gather_objects(item: object) -> list:
     return gathered
 
 
-def all_reduce_mean(values: Tensor) -> Tensor:
-    """Average a tensor over the processes, without gradient."""
-    return all_reduce_sum(values) / world_size()
+def all_gather_numbers(*numbers: int) -> list[list[int]]:
+    """Collect numbers of each process, in the order of ranks, without waiting for what a GPU still has to do."""
+    if not is_distributed():
+        return [list(numbers)]
+    gathered = torch.zeros(world_size(), len(numbers), dtype=torch.long)
+    dist.all_gather(list(gathered), torch.tensor(numbers), group=_cpu_group(dist.group.WORLD))
+    return gathered.tolist()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum a tensor over the processes, without gradient."""
-    if is_distributed():
-        values = values.detach().clone()
-        dist.all_reduce(values)
-    return values
+@functools.lru_cache(maxsize=1)
+def _cpu_group(world: Any) -> Any:
+    """Return a group of all processes that takes tensors on the CPU; all of them must call this together."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")

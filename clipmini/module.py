@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
 from clipmini.errors import UserError
-from clipmini.losses import ContrastiveLoss
 from clipmini.model import Model, encode_image, encode_text
+from clipmini.objective import ContrastiveLoss
 from clipmini.optim import parameter_groups
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,10 @@ class ClipModule(pl.LightningModule):
         micro_batch: int | None,
     ) -> None:
         super().__init__()
-        self.has_batch_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules())
-        if micro_batch is not None and self.has_batch_norm:
+        batch_norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+        # Those of a locked tower are FrozenBatchNorm2d, which looks at no batch.
+        self.has_local_batch_norm = not all(isinstance(layer, torch.nn.SyncBatchNorm) for layer in batch_norms)
+        if micro_batch is not None and batch_norms:
             raise UserError(
                 f"micro_batch={micro_batch}: this model has BatchNorm, which would normalise over each micro-batch: "
                 "set micro_batch=null or take a model without it"
@@ -61,8 +63,11 @@ class ClipModule(pl.LightningModule):
         self.last: dict[str, Tensor] = {}  # what the step measured, for whoever logs; on the device, not read here
 
     def on_train_start(self) -> None:
-        if self.has_batch_norm and self.trainer.world_size > 1:
-            log.warning("this model has BatchNorm: the run depends on the number of processes")
+        if self.has_local_batch_norm and self.trainer.world_size > 1:
+            log.warning(
+                "this model has BatchNorm, which normalises over the batch of a process where there is no GPU: the run "
+                "depends on the number of processes"
+            )
         loader, step = self.trainer.train_dataloader, self.trainer.global_step
         assert loader is not None
         # Several things in Lightning can lose the loader's place on a resume, each without a word.
@@ -76,14 +81,20 @@ class ClipModule(pl.LightningModule):
             )
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        image, text = self.embed(batch["image"], batch["text"])
+        features = self.embed(batch["image"], batch["text"], batch.get("negative_text"))
         scale = self.model.logit_scale.exp()
-        result = self.loss(image, text, scale=scale, bias=self.model.logit_bias)
+        result = self.loss(
+            features,
+            scale=scale,
+            bias=self.model.logit_bias,
+            ids=batch["id"],
+            negative_ids=batch.get("negative_id"),
+        )
         self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
         return result["loss"]
 
-    def embed(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a batch: unit vectors [b, D] of pictures and of captions.
+    def embed(self, image: Tensor, text: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
+        """Encode a batch: unit vectors [b, D] of pictures, captions and, if there are any, hard negatives.
 
         With micro-batches the activations of one at a time exist: they are recomputed when the one backward pass of
         the one loss comes to them, with the same random numbers. That is gradient caching
@@ -91,16 +102,20 @@ class ClipModule(pl.LightningModule):
         """
         size = self.micro_batch or len(image)
         if size >= len(image):
-            return self.encode(image, text)
+            return self.encode(image, text, negative)
         parts = [
-            checkpoint(self.encode, image[start : start + size], text[start : start + size], use_reentrant=False)
+            checkpoint(
+                self.encode,
+                *(None if rows is None else rows[start : start + size] for rows in (image, text, negative)),
+                use_reentrant=False,
+            )
             for start in range(0, len(image), size)
         ]
-        images, texts = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(texts)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def encode(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return encode_image(self.model, image), encode_text(self.model, text)
+    def encode(self, image: Tensor, text: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
+        features = {"image": encode_image(self.model, image), "text": encode_text(self.model, text)}
+        return features if negative is None else features | {"negative": encode_text(self.model, negative)}
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -141,6 +141,7 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
     data = ImageTextData(
         train=pairs.shards,
         caption_key="txt",
+        hard_negatives=None,
         augmentation=Augmentation(scale=SCALE, ratio=RATIO, **nothing, **colors),  # type: ignore[arg-type]
         draft="auto",
         shuffle_streams=64,

@@ -26,6 +26,7 @@ from clipmini.data.augment import Augmentation
 from clipmini.data.cache import ShardCache
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import ClipTokenizer
+from clipmini.objective import ContrastiveLoss
 
 pytest_plugins = ["packing"]  # its fixtures
 SAMPLE = config.PACKAGE / "sample"
@@ -66,6 +67,19 @@ def make_augmentation(**changes: Any) -> Augmentation:
     return Augmentation(**{**nothing, **changes})
 
 
+def make_objective(kind: str = "infonce", **changes: Any) -> ContrastiveLoss:
+    """Make a loss as the config of its kind does, but for the changes."""
+    options = {
+        "init_scale": 14.0,
+        "init_bias": -10.0 if kind == "siglip" else None,
+        "max_scale": 100.0,
+        "duplicates": "ignore",
+        "block_size": None,
+        "terms": {"image_text": 1.0},
+    }
+    return ContrastiveLoss(kind=kind, **{**options, **changes})  # type: ignore[arg-type]
+
+
 def make_cache(directory: Path, **changes: Any) -> ShardCache:
     """Make a cache of remote shards in a directory, with little patience."""
     options = {"max_bytes": None, "fetch_timeout": 30.0, "stall_timeout": 2.0, "storage_options": None}
@@ -76,6 +90,7 @@ def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int =
     """Make the training data of a run of 9 steps of 12 pairs, in small blocks, prepared for a model of 16 pixels."""
     options = {
         "caption_key": "txt",
+        "hard_negatives": None,
         "augmentation": make_augmentation(flip=0.5),
         "draft": "auto",
         "shuffle_streams": 3,

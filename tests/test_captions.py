@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from clipmini.data.captions import Captions, caption_id, check_caption
+from clipmini.data.captions import Captions, caption_id, caption_ids, check_caption
 from clipmini.data.draws import Draws
 from clipmini.data.health import Fault
 from clipmini.errors import UserError
@@ -79,3 +79,32 @@ def test_probabilities_must_add_up(key: dict) -> None:
 def test_equal_captions_have_equal_ids() -> None:
     assert caption_id("A  dog") == caption_id("a dog") != caption_id("a cat")
     assert -(2**63) <= caption_id(check_caption(b"x")) < 2**63
+
+
+def test_blank_captions_and_no_others_have_the_id_0() -> None:
+    assert caption_ids(["", " \n", "a dog"]).tolist() == [0, 0, caption_id("a dog")] and caption_id("a dog") != 0
+
+
+def draw_negative(value: object, position: int = 0) -> str:
+    members = {"txt": b"a dog", "json": json.dumps({"wrong": value}).encode()}
+    return Captions.from_key("txt", "wrong").draw_negative(members, Draws(0, position))
+
+
+def test_hard_negatives() -> None:
+    assert Captions.from_key("txt", "wrong").extensions == ("json", "txt")
+    assert draw_negative("a cat") == "a cat"
+    assert draw_negative(None) == draw_negative([]) == ""
+    drawn = [draw_negative(["x", "y", "z"], position) for position in range(3000)]
+    assert {caption: drawn.count(caption) / 3000 for caption in "xyz"} == pytest.approx(
+        dict.fromkeys("xyz", 1 / 3), abs=0.03
+    )
+    assert Captions.from_key("txt").draw_negative({"txt": b"a"}, Draws(0, 0)) == ""
+
+
+@pytest.mark.parametrize(("value", "detail"), [(3, "wrong is int, not text"), ([" "], "wrong is blank")])
+def test_hard_negatives_that_cannot_be_used(value: object, detail: str) -> None:
+    with pytest.raises(Fault, match=detail):
+        draw_negative(value)
+    members = {"txt": b"a dog", "json": json.dumps({"wrong": value}).encode()}
+    assert [fault.detail for fault in Captions.from_key("txt", "wrong").faults(members)] == [detail]
+    assert not list(Captions.from_key("txt").faults(members))

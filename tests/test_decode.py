@@ -1,6 +1,7 @@
 """A sample to tensors: random choices follow the position alone; the transform of evaluation is open_clip's."""
 
 import io
+import json
 
 import numpy as np
 import open_clip
@@ -28,8 +29,8 @@ STRONG = make_augmentation(
 )
 
 
-def make_decoder(augmentation: Augmentation = STRONG, seed: int = 0) -> Decoder:
-    captions, tokenize = Captions.from_key("txt"), ClipTokenizer(16)
+def make_decoder(augmentation: Augmentation = STRONG, seed: int = 0, hard_negatives: str | None = None) -> Decoder:
+    captions, tokenize = Captions.from_key("txt", hard_negatives), ClipTokenizer(16)
     return Decoder(32, augmentation, captions, tokenize, seed, max_pixels=10**7, draft="auto")
 
 
@@ -55,6 +56,19 @@ def test_batch_fields() -> None:
     for row, example in enumerate(examples):
         assert torch.equal(batch["image"][row], example.image)
         assert torch.equal(batch["text"][row], ClipTokenizer(16)([example.caption])[0])
+
+
+def test_hard_negatives_are_more_fields_and_change_nothing_else() -> None:
+    wrong = [{"wrong": ["a cat", "a bird"]}, {}]
+    samples = [{**members(), "json": json.dumps(value).encode()} for value in wrong]
+    with_them, without = (make_decoder(hard_negatives=key) for key in ("wrong", None))
+    examples = [[decoder.decode(sample, 7) for sample in samples] for decoder in (with_them, without)]
+    batch, plain = with_them.collate(examples[0]), without.collate(examples[1])
+    assert set(plain) == {"image", "text", "id"} and set(batch) - set(plain) == {"negative_text", "negative_id"}
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    negative = examples[0][0].negative
+    assert negative in wrong[0]["wrong"] and batch["negative_id"].tolist() == [caption_id(negative), 0]
+    assert torch.equal(batch["negative_text"], ClipTokenizer(16)([negative, ""]))
 
 
 def test_crop_of_the_whole_picture_is_a_resize() -> None:

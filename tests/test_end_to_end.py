@@ -80,34 +80,96 @@ def test_plain_shards_to_a_model_that_open_clip_loads(
     assert model.visual.image_size == (48, 48)
 
 
-def test_two_processes_make_the_run_of_one(
-    shards: Path, tiny_json: Path, classification_set: Path, tmp_path: Path
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "clipmini"]
+
+
+def test_processes_micro_batches_and_workers_make_the_same_run(
+    shards: Path, classification_set: Path, tmp_path: Path
 ) -> None:
     options = [
         *QUICK,
+        "model=vit_tiny",
         "name=run",
-        "steps=6",
-        f"model.name={tiny_json}",
+        "steps=20",
+        "batch_size=32",
+        "checkpoint.every_n_steps=20",
         f"data.train={shards}",
         "data.augmentation.flip=0.5",
         "schedule.warmup_steps=0",
         f"evaluation.datasets=[{classification_set}]",
     ]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "clipmini"]
-    for name, command in (("one", ["clipmini"]), ("two", launcher)):
-        (tmp_path / name).mkdir()
-        workers = f"data.num_workers={int(name == 'two')}"
-        result = run_command([sys.executable, "-m", *command, "train", *options, workers], tmp_path / name)
+    kinds = [(1, "null", 0), (1, "8", 2), (1, "5", 0), (2, "null", 2), (2, "8", 0), (2, "5", 2)]
+    runs = []
+    for number, (world_size, micro_batch, num_workers) in enumerate(kinds):
+        runs.append(tmp_path / str(number))
+        runs[-1].mkdir()
+        command = [sys.executable, "-m", *(["clipmini"] if world_size == 1 else TORCHRUN), "train", *options]
+        result = run_command([*command, f"micro_batch={micro_batch}", f"data.num_workers={num_workers}"], runs[-1])
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("Zero-shot classification") == 1
-    one, two = (read_metrics(tmp_path / name / "outputs/run") for name in ("one", "two"))
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two, strict=True):
-        for column in ("train/loss", "train/accuracy", "train/scale", "train/grad_norm"):
-            assert a[column] == pytest.approx(b[column], abs=1e-5, rel=1e-5), (a["step"], column)
-    results = [(tmp_path / name / "outputs/run/results.jsonl").read_text() for name in ("one", "two")]
-    assert results[0] == results[1]
-    assert os.listdir(tmp_path / "two/outputs") == ["run"]
+        assert os.listdir(runs[-1] / "outputs") == ["run"]
+    first, *others = (read_metrics(run / "outputs/run") for run in runs)
+    assert len(first) == 20 and first[-1]["train/loss"] < first[0]["train/loss"]
+    for kind, other in zip(kinds[1:], others, strict=True):
+        assert len(other) == 20
+        for a, b in zip(first, other, strict=True):
+            for column in ("train/loss", "train/accuracy", "train/scale", "train/grad_norm"):
+                assert a[column] == pytest.approx(b[column], abs=1e-5, rel=1e-5), (kind, a["step"], column)
+    results = {(run / "outputs/run/results.jsonl").read_text() for run in runs}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+def test_equal_captions_that_are_shared_reach_a_loss_that_others_cannot(
+    loss: str, compose: Callable[..., DictConfig], tiny_json: Path, tmp_path: Path
+) -> None:
+    # 16 pairs of which 8 have a caption of their own, and 4 times 2 have the same: half of a batch, in every batch.
+    samples = read_sample("train/noto-00000.tar", 16)
+    for number, sample in enumerate(samples[8:]):
+        sample["json"] = samples[8 + number // 2 * 2]["json"]
+    write_tar(tmp_path / "shards/a.tar", samples)
+    reached = {}
+    for duplicates in ("ignore", "share"):
+        overrides = [
+            *QUICK,
+            f"loss={loss}",
+            f"model.name={tiny_json}",
+            f"data.train={tmp_path / 'shards'}",
+            "data.caption_key=name",
+            "data.augmentation.scale=[1.0,1.0]",
+            "data.augmentation.ratio=[1.0,1.0]",
+            f"loss.duplicates={duplicates}",
+            "batch_size=16",
+            "steps=300",
+            "optimizer.lr=3e-3",
+            "checkpoint.every_n_steps=300",
+            f"paths.run={tmp_path / duplicates}",
+        ]
+        train(compose(*overrides))
+        reached[duplicates] = read_metrics(tmp_path / duplicates)[-1]["train/loss"]
+    # Two equal captions cannot be told apart: half of the pairs cost log 2 each, however long the training; the sigmoid
+    # of what is right once and wrong once costs 2 log 2 for both.
+    floor = math.log(2) / 2 if loss == "infonce" else math.log(2)
+    assert reached["ignore"] > floor
+    assert reached["share"] < floor / 2
+
+
+def test_hard_negatives_are_trained_with(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 32)
+    for number, sample in enumerate(samples):
+        name = json.loads(sample["json"])["name"]
+        sample["json"] = json.dumps({"wrong": [f"no {name}", f"not {name}"]} if number % 2 else {}).encode()
+    write_tar(tmp_path / "shards/a.tar", samples)
+    options = [*QUICK, "name=run", f"model.name={tiny_json}", f"data.train={tmp_path / 'shards'}"]
+    losses = {}
+    for key in ("null", "wrong"):
+        (tmp_path / key).mkdir()
+        command = [sys.executable, "-m", *(["clipmini"] if key == "null" else TORCHRUN), "train"]
+        result = run_command([*command, *options, f"data.hard_negatives={key}"], tmp_path / key)
+        assert result.returncode == 0, result.stderr
+        losses[key] = read_metrics(tmp_path / key / "outputs/run")[0]["train/loss"]
+    # Up to 8 more columns for each of 16 rows; the columns of captions stay.
+    assert 0.05 < losses["wrong"] - losses["null"] < math.log(24 / 16)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(shards: Path, tiny_json: Path, tmp_path: Path) -> None:

@@ -1,30 +1,38 @@
 """The step: micro-batches and several processes give the gradient of the whole batch on one."""
 
+import functools
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_processes
+from conftest import in_processes, make_objective
+from contrast import LOSSES, MODES
 from test_model import make_model, write_json
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipmini import distributed
+from clipmini.data.captions import caption_ids
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
-from clipmini.losses import InfoNCE, SigLIP
 from clipmini.module import ClipModule
+from clipmini.tiles import Duplicates
 
 
-def make_module(path: str, *, micro_batch: int | None = None, loss: str = "infonce") -> ClipModule:
+def make_module(
+    path: str,
+    *,
+    micro_batch: int | None = None,
+    loss: str = "infonce",
+    duplicates: Duplicates = "ignore",
+    lock_image: bool = False,
+) -> ClipModule:
     """Make a module in float64, so that sums in another order are equal to 1e-12."""
-    losses = {
-        "infonce": InfoNCE(init_scale=14.0, max_scale=100.0),
-        "siglip": SigLIP(init_scale=10.0, init_bias=-10.0, max_scale=100.0),
-    }
+    objective = make_objective(loss, duplicates=duplicates)
     module = ClipModule(
-        make_model(path, init_bias=losses[loss].init_bias).train(),
-        losses[loss],
+        make_model(path, init_bias=objective.init_bias, lock_image=lock_image).train(),
+        objective,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
         schedule=lambda optimizer, total_steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
         total_steps=3,
@@ -33,15 +41,20 @@ def make_module(path: str, *, micro_batch: int | None = None, loss: str = "infon
     return module.double()
 
 
-def make_batch(rows: int) -> dict[str, Tensor]:
+def make_batch(rows: int, size: int = 32) -> dict[str, Tensor]:
+    """Make a batch in which every third caption is the first one, and half of the pairs have a hard negative."""
     generator = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return {"image": image, "text": ClipTokenizer(24)([f"picture number {row}" for row in range(rows)])}
+    image = torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator)
+    captions = [f"picture number {row if row % 3 else 0}" for row in range(rows)]
+    negatives = [f"no picture number {row}" if row % 2 else "" for row in range(rows)]
+    tokenize = ClipTokenizer(24)
+    batch = {"image": image, "text": tokenize(captions), "id": caption_ids(captions)}
+    return {**batch, "negative_text": tokenize(negatives), "negative_id": caption_ids(negatives)}
 
 
-def gradients(module: ClipModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(module: ClipModule, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     module.zero_grad()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module.training_step(batch, 0).backward()
     return {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
 
@@ -53,34 +66,63 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
-@pytest.mark.parametrize("loss", ["infonce", "siglip"])
-def test_micro_batches_equal_the_whole_batch(micro_batch: int, loss: str, tiny_json: Path) -> None:
+@pytest.mark.parametrize("duplicates", MODES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_equal_the_whole_batch(
+    micro_batch: int, duplicates: Duplicates, loss: str, tiny_json: Path
+) -> None:
     batch = make_batch(12)
-    expected = gradients(make_module(str(tiny_json), loss=loss), batch)
+    expected = gradients(make_module(str(tiny_json), loss=loss, duplicates=duplicates), batch)
     assert any(value.abs().max() > 1e-4 for value in expected.values())
-    assert_equal(gradients(make_module(str(tiny_json), micro_batch=micro_batch, loss=loss), batch), expected)
+    module = make_module(str(tiny_json), micro_batch=micro_batch, loss=loss, duplicates=duplicates)
+    assert_equal(gradients(module, batch), expected)
 
 
-def test_micro_batches_replay_random_numbers(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "m.json", vision_cfg={"patch_dropout": 0.5})
-    batch = make_batch(12)
-    module = make_module(path, micro_batch=4)
-    found = gradients(module, batch)
-    # The same micro-batches, held in memory instead of computed twice.
-    module.zero_grad()
-    torch.manual_seed(0)
-    parts = [module.encode(batch["image"][i : i + 4], batch["text"][i : i + 4]) for i in (0, 4, 8)]
-    image, text = (torch.cat(features) for features in zip(*parts, strict=True))
-    module.loss(image, text, scale=module.model.logit_scale.exp(), bias=None)["loss"].backward()
-    assert_equal(found, {name: value.grad for name, value in module.named_parameters() if value.grad is not None})
+RANDOM_TOWERS = {
+    "patch dropout": {"patch_dropout": 0.5},
+    "dropout and stochastic depth": {
+        "timm_model_name": "test_vit",
+        "image_size": 160,
+        "timm_drop": 0.3,
+        "timm_drop_path": 0.5,
+        "patch_dropout": 0.5,
+    },
+}
 
 
-def steps_of_a_process(path: str, micro_batch: int | None, loss: str) -> dict[str, Tensor]:
+def gradients_of_a_random_tower(path: str) -> list[dict[str, Tensor]]:
+    """Return the gradients of this rank's pairs: micro-batches computed twice, held in memory, with other numbers."""
+    module = make_module(path, micro_batch=5)
+    size = module.model.visual.image_size[0]
+    batch = slice_of_a_process(make_batch(24, size))
+    found = [gradients(module, batch)]
+    module.embed = functools.partial(embed_in_memory, module)  # type: ignore[method-assign]
+    return [*found, gradients(module, batch), gradients(module, batch, seed=1)]
+
+
+def embed_in_memory(module: ClipModule, *inputs: Tensor) -> dict[str, Tensor]:
+    parts = [module.encode(*(rows[start : start + 5] for rows in inputs)) for start in range(0, len(inputs[0]), 5)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("tower", RANDOM_TOWERS)
+def test_micro_batches_replay_random_numbers(tower: str, world_size: int, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "model.json", vision_cfg=RANDOM_TOWERS[tower])
+    for found, expected, other in in_processes(world_size, gradients_of_a_random_tower, tmp_path, path):
+        assert_equal(found, expected)
+        assert any((other[name] - value).abs().max() > 1e-6 for name, value in expected.items())
+
+
+def slice_of_a_process(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.chunk(distributed.world_size())[distributed.rank()] for name, values in batch.items()}
+
+
+def steps_of_a_process(path: str, micro_batch: int | None, loss: str, duplicates: Duplicates) -> dict[str, Tensor]:
     """Take 3 clipped steps of SGD on this rank's slice of a batch; return the parameters."""
-    module = make_module(path, micro_batch=micro_batch, loss=loss)
+    module = make_module(path, micro_batch=micro_batch, loss=loss, duplicates=duplicates)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch = {name: values.chunk(world_size)[rank] for name, values in make_batch(12).items()}
+    batch = slice_of_a_process(make_batch(12))
 
     class Step(torch.nn.Module):
         def __init__(self) -> None:
@@ -101,21 +143,38 @@ def steps_of_a_process(path: str, micro_batch: int | None, loss: str) -> dict[st
     return {name: value.detach() for name, value in module.named_parameters()}
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, None), (3, None), (2, 4)])
-@pytest.mark.parametrize("loss", ["infonce", "siglip"])
-def test_several_processes_equal_one(
-    loss: str, world_size: int, micro_batch: int | None, tiny_json: Path, tmp_path: Path
-) -> None:
-    expected = steps_of_a_process(str(tiny_json), None, loss)
-    for found in in_processes(world_size, steps_of_a_process, tmp_path, str(tiny_json), micro_batch, loss):
-        assert_equal(found, expected)
+def all_steps(path: str, micro_batches: list[int | None]) -> dict[tuple, dict[str, Tensor]]:
+    """Take the steps with each loss and each way with equal captions."""
+    kinds = itertools.product(micro_batches, LOSSES, MODES)
+    return {kind: steps_of_a_process(path, *kind) for kind in kinds}
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 4), (3, 3)])  # the last one of a process is smaller
+def test_several_processes_equal_one(world_size: int, micro_batch: int, tiny_json: Path, tmp_path: Path) -> None:
+    path, micro_batches = str(tiny_json), [None, micro_batch]
+    expected = all_steps(path, [None])
+    for found in in_processes(world_size, all_steps, tmp_path, path, micro_batches):
+        assert len(found) == len(expected) * len(micro_batches)
+        for (_, *kind), parameters in found.items():
+            assert_equal(parameters, expected[(None, *kind)])
 
 
 def test_micro_batches_of_a_model_with_batch_norm_are_refused(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": "test_resnet"})
-    assert make_module(path).has_batch_norm
+    path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": "test_resnet", "image_size": 160})
+    assert make_module(path).has_local_batch_norm
     with pytest.raises(UserError, match="micro_batch=4: this model has BatchNorm"):
         make_module(path, micro_batch=4)
+
+
+def test_micro_batches_of_a_locked_tower_with_batch_norm_are_exact(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": "test_resnet", "image_size": 160})
+    batch, found = make_batch(6, 160), []
+    for micro_batch in (None, 4):
+        module = make_module(path, micro_batch=micro_batch, lock_image=True)
+        assert not module.has_local_batch_norm
+        found.append(gradients(module, batch))
+    assert not any(name.startswith("model.visual.trunk") for name in found[0])
+    assert_equal(*found)
 
 
 def test_step_measures_without_reading_back(tiny_json: Path) -> None:

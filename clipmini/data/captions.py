@@ -1,12 +1,16 @@
 """Which caption of a sample is used, and what counts as one."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from clipmini.data.draws import Draws
 from clipmini.data.health import Fault
@@ -15,13 +19,19 @@ from clipmini.errors import UserError
 
 @dataclass(frozen=True)
 class Captions:
-    """Which caption of a sample is used: `txt`, a key of its json, or several of them with probabilities."""
+    """Which caption of a sample is used: `txt`, a key of its json, or several of them with probabilities.
+
+    Attributes:
+        probabilities: of each key.
+        hard_negatives: key of the json with captions that are wrong for the picture, or None.
+    """
 
     probabilities: Mapping[str, float]
+    hard_negatives: str | None = None
 
     @classmethod
-    def from_key(cls, key: str | Mapping[str, float]) -> "Captions":
-        """Read `data.caption_key`.
+    def from_key(cls, key: str | Mapping[str, float], hard_negatives: str | None = None) -> "Captions":
+        """Read `data.caption_key` and `data.hard_negatives`.
 
         Raises:
             UserError: probabilities that do not add up to 1.
@@ -29,12 +39,13 @@ class Captions:
         probabilities = {key: 1.0} if isinstance(key, str) else dict(key)
         if any(p < 0 for p in probabilities.values()) or not math.isclose(sum(probabilities.values()), 1.0):
             raise UserError(f"data.caption_key={probabilities}: the probabilities must be positive and add up to 1")
-        return cls(probabilities)
+        return cls(probabilities, hard_negatives)
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """The members that hold the captions."""
-        return tuple(sorted({"txt" if key == "txt" else "json" for key in self.probabilities}))
+        in_json = {"json"} if self.hard_negatives else set()
+        return tuple(sorted({"txt" if key == "txt" else "json" for key in self.probabilities} | in_json))
 
     def draw(self, members: Mapping[str, bytes], draws: Draws) -> str:
         """Return one caption; of a list of captions, each is as likely.
@@ -48,6 +59,22 @@ class Captions:
             value = value[draws.below(len(value))]
         return check_caption(value, key)
 
+    def draw_negative(self, members: Mapping[str, bytes], draws: Draws) -> str:
+        """Return one of the hard negatives, each as likely; blank if the sample has none.
+
+        Raises:
+            Fault: what there is cannot be used.
+        """
+        values = self.read_negatives(members)
+        return check_caption(values[draws.below(len(values))], str(self.hard_negatives)) if values else ""
+
+    def read_negatives(self, members: Mapping[str, bytes]) -> list[Any]:
+        """Return all hard negatives of a sample, a caption or a list of captions in its json."""
+        if self.hard_negatives is None or "json" not in members:
+            return []
+        value = read_metadata(members["json"]).get(self.hard_negatives)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
     def draw_key(self, draws: Draws) -> str:
         """Return one of the keys by their probabilities."""
         keys = list(self.probabilities)
@@ -59,17 +86,21 @@ class Captions:
 
     def faults(self, members: Mapping[str, bytes]) -> Iterator[Fault]:
         """Yield what is wrong with any caption that could be drawn."""
+        found: list[tuple[str, Any]] = []
         for key in self.probabilities:
             try:
                 value = read_value(members, key)
             except Fault as fault:
                 yield fault
-                continue
-            for caption in value if isinstance(value, list) and value else [value]:
-                try:
-                    check_caption(caption, key)
-                except Fault as fault:
-                    yield fault
+            else:
+                found += [(key, caption) for caption in (value if isinstance(value, list) and value else [value])]
+        with contextlib.suppress(Fault):  # told above, or by nothing that is drawn
+            found += [(str(self.hard_negatives), caption) for caption in self.read_negatives(members)]
+        for key, caption in found:
+            try:
+                check_caption(caption, key)
+            except Fault as fault:
+                yield fault
 
 
 def read_value(members: Mapping[str, bytes], key: str) -> Any:
@@ -124,7 +155,13 @@ def check_caption(value: object, key: str = "caption") -> str:
     return caption.strip()
 
 
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """Hash captions: int64 [n], 0 for a blank one; case and white space do not count."""
+    return torch.tensor([caption_id(caption) for caption in captions])
+
+
 def caption_id(caption: str) -> int:
-    """Hash a caption to a signed 64-bit integer; case and white space do not count."""
-    digest = hashlib.blake2b(" ".join(caption.lower().split()).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    """Hash a caption to a signed 64-bit integer that is 0 for a blank one only."""
+    words = " ".join(caption.lower().split())
+    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little", signed=True) or 1) if words else 0

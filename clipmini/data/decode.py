@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from clipmini.data.augment import Augmentation
-from clipmini.data.captions import Captions, caption_id
+from clipmini.data.captions import Captions, caption_ids
 from clipmini.data.draws import Draws
 from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
@@ -48,6 +48,7 @@ class Example(NamedTuple):
 
     image: Tensor  # uint8 [3, size, size]
     caption: str
+    negative: str  # a caption that is wrong for it, or blank
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,17 @@ class Decoder:
         picture = Picture(data, max_pixels=self.max_pixels)
         box = self.augmentation.draw_box(picture.width, picture.height, draws)
         image = self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
-        return Example(image, caption)
+        # The last to be drawn: what is drawn before is the same without it.
+        return Example(image, caption, self.captions.draw_negative(members, draws))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Make a batch: image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal
-        id)."""
-        images, captions = zip(*examples, strict=True)
-        ids = torch.tensor([caption_id(caption) for caption in captions])
-        return {"image": torch.stack(images), "text": self.tokenize(captions), "id": ids}
+        """Make a batch.
+
+        image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal id); and where the
+        config names hard negatives negative_text and negative_id like those, 0 where a sample has none.
+        """
+        images, captions, negatives = zip(*examples, strict=True)
+        batch = {"image": torch.stack(images), "text": self.tokenize(captions), "id": caption_ids(captions)}
+        if self.captions.hard_negatives:
+            batch |= {"negative_text": self.tokenize(negatives), "negative_id": caption_ids(negatives)}
+        return batch

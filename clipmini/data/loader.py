@@ -132,7 +132,10 @@ class TrainLoader:
             if ERROR in batch:
                 raise batch[ERROR]
             self.samples += self.batch_size
-            yield {**batch, "text": trim(batch["text"], self.padding)}
+            yield {
+                name: trim(value, self.padding) if name in ("text", "negative_text") else value
+                for name, value in batch.items()
+            }
             start = time.perf_counter()
 
     def read_batches(self) -> Iterator[Batch]:
@@ -190,6 +193,8 @@ class ImageTextData(pl.LightningDataModule):
             `name: {shards, weight}`; local paths or URLs (s3, gs, hf, http, https).
         caption_key: `txt`, a key of a sample's json (a caption, or a list of which one is drawn at each visit), or
             a mapping of those to probabilities.
+        hard_negatives: key of the json with captions that are wrong for the picture, of which one is drawn at each
+            visit, or null.
         augmentation: what may happen to a picture.
         draft: `auto` decodes large JPEGs at a part of their size where that leaves 1.5 pixels for each of the result.
         shuffle_streams: parts of the data that each batch mixes.
@@ -217,6 +222,7 @@ class ImageTextData(pl.LightningDataModule):
         *,
         train: str | list[str] | dict[str, Any],
         caption_key: str | dict[str, float],
+        hard_negatives: str | None,
         augmentation: Augmentation,
         draft: Literal["auto", "off"],
         shuffle_streams: int,
@@ -242,7 +248,7 @@ class ImageTextData(pl.LightningDataModule):
         check_range("max_pixels", max_pixels, 1, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own limit
         check_range("max_bad_fraction", max_bad_fraction, 0, 1)
         check_range("timeout", timeout, 0.1)
-        self.captions = Captions.from_key(caption_key)
+        self.captions = Captions.from_key(caption_key, hard_negatives)
         self.store = ShardStore(PairFormat(self.captions.extensions), cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
         self.plan = Plan(self.manifest, seed=seed, shuffle_streams=shuffle_streams, shuffle_block=shuffle_block)

@@ -139,7 +139,7 @@ def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any]:
 def index(overrides: Sequence[str]) -> None:
     """Count the pairs of every source anew, and keep that."""
     data, cache = read_data(overrides)
-    pair_format = PairFormat(Captions.from_key(data["caption_key"]).extensions)
+    pair_format = PairFormat(Captions.from_key(data["caption_key"], data["hard_negatives"]).extensions)
     for entry in read_sources(data["train"]):
         found = locate(entry.shards, entry.key, cache.remote, allow_pipe=data["allow_pipe"])
         shards = count_pairs(found, pair_format, cache, entry.key, again=True)
@@ -152,7 +152,7 @@ def verify(overrides: Sequence[str]) -> int:
     from clipmini.shards.verify import Rules, find_defects
 
     data, cache = read_data(overrides)
-    captions = Captions.from_key(data["caption_key"])
+    captions = Captions.from_key(data["caption_key"], data["hard_negatives"])
     rules = Rules(captions, data["max_member_bytes"], data["max_pixels"])
     pair_format = PairFormat(captions.extensions)
     shards = []
