@@ -108,6 +108,11 @@ def choose_strategy(strategy: object, processes: Launch) -> object:
     return "ddp" if strategy == "auto" and processes.world_size > 1 else strategy
 
 
+def can_synchronize_batch_norm(processes: Launch, accelerator: str) -> bool:
+    """Say whether several processes train on devices for which torch has SyncBatchNorm."""
+    return processes.world_size > 1 and accelerator in ("gpu", "cuda")
+
+
 def choose_environment(processes: Launch) -> ClusterEnvironment:
     """Tell Lightning who made the processes; its own guess takes an sbatch script without srun for a launcher."""
     if processes.launcher == "torchrun":

@@ -20,6 +20,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, se
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from clipmini.annotations import check_values
@@ -201,6 +202,14 @@ def load_pretrained(model: Model, name: str, pretrained: str, preprocess: dict[s
     except (RuntimeError, KeyError) as error:
         raise UserError(f"model.pretrained={pretrained} does not fit model.name={name}: {error}") from error
     return preprocess
+
+
+def synchronize_batch_norm(model: Model) -> Model:
+    """Have BatchNorm normalise over the batch of all processes; names of parameters and buffers stay.
+
+    By timm's converter: torch's own loses the activations that timm's BatchNormAct2d holds.
+    """
+    return convert_sync_batchnorm(model)
 
 
 def encode_image(model: Model, image: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from clipmini.errors import UserError
 from clipmini.evaluation.datasets import ClassificationSet, read_classification_set
 from clipmini.evaluation.results import log_results, write_results
 from clipmini.evaluation.zero_shot import evaluate_zero_shot
-from clipmini.model import Model, padding
+from clipmini.model import Model, padding, synchronize_batch_norm
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> None:
     data = build_data(cfg, processes)
     pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
-    module = build_module(cfg, config, total_steps)
+    module = build_module(cfg, config, processes, total_steps)
     tokenize = create_tokenizer(module.model.architecture)
     size = module.model.visual.image_size[0]
     data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
@@ -105,10 +105,12 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     return build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed, num_cores=processes.num_cores)
 
 
-def build_module(cfg: DictConfig, config: dict[str, Any], total_steps: int) -> ClipModule:
+def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int) -> ClipModule:
     """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
     loss = build(cfg, "loss")
     model = build(cfg, "model", image_size=cfg.image_size, init_scale=loss.init_scale, init_bias=loss.init_bias)
+    if launch.can_synchronize_batch_norm(processes, launch.choose_accelerator(cfg.trainer.accelerator)):
+        model = synchronize_batch_norm(model)
     module = ClipModule(
         model,
         loss,

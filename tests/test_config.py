@@ -62,7 +62,7 @@ def test_choice_builds(
     else:
         processes = launch.Launch("none", 1, 1, 0)
 
-    module = train.build_module(cfg, {}, total_steps=10)
+    module = train.build_module(cfg, {}, processes, total_steps=10)
     assert module.model.architecture["embed_dim"] == module.model.text_projection.shape[1]
     assert train.build_data(cfg, processes).manifest.num_samples > 0
     if choice == "logger=wandb" and not has_wandb():

@@ -87,6 +87,12 @@ def test_strategy_is_ddp_on_several_processes() -> None:
     assert launch.choose_strategy("fsdp", Launch("torchrun", 2, 2, 0)) == "fsdp"
 
 
+def test_batch_norm_is_synchronized_where_torch_can() -> None:
+    two = Launch("torchrun", 2, 2, 0)
+    assert launch.can_synchronize_batch_norm(two, "gpu") and launch.can_synchronize_batch_norm(two, "cuda")
+    assert not launch.can_synchronize_batch_norm(two, "cpu") and not launch.can_synchronize_batch_norm(ALONE, "gpu")
+
+
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_precision_follows_the_device(has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)

@@ -12,7 +12,7 @@ from conftest import TINY
 
 from clipmini.data.tokenizer import ClipTokenizer, create_tokenizer, trim
 from clipmini.errors import UserError
-from clipmini.model import Model, create_model, encode_image, encode_text, padding
+from clipmini.model import Model, create_model, encode_image, encode_text, padding, synchronize_batch_norm
 
 
 def make_model(name: str, **options: Any) -> Model:
@@ -163,3 +163,16 @@ def test_wrong_models_are_refused(options: dict, message: str) -> None:
 def test_locked_towers_do_not_learn(tiny_json: Path) -> None:
     model = make_model(str(tiny_json), lock_image=True, lock_text=True)
     assert [name for name, value in model.named_parameters() if value.requires_grad] == ["logit_scale"]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])  # the second has activations inside BatchNorm
+def test_synchronized_batch_norm_is_the_same_model(name: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": name, "image_size": 160})
+    model = make_model(path)
+    picture = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    expected, names = encode_image(model, picture), list(model.state_dict())
+    model = synchronize_batch_norm(model)
+    assert any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in model.modules())
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(encode_image(model, picture), expected, rtol=0, atol=0)
