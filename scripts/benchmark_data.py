@@ -28,6 +28,7 @@ from benchmark_loaders import (
     start,
     write_pairs,
 )
+from benchmark_tables import print_table
 
 from clipmini.data import counts, picture
 from clipmini.data.index import PairFormat, Shard, index_shard
@@ -165,14 +166,6 @@ def measure_large_set(root: Path, rounds: int) -> None:
     load, first, lookup = map(statistics.median, (loads, firsts, lookups))
     print(f"\n40,000 shards: found, and their counts read, in {load:.2f} s")
     print(f"400 million samples: first batch of 4,096 looked up in {first:.2f} s, then {lookup:.2f} us a sample")
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns, the first to the left."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells))
 
 
 def run(options: argparse.Namespace) -> None:

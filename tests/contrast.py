@@ -1,5 +1,6 @@
 """Inputs of contrastive losses, and the losses as the papers write them, one pair after the other."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,3 +86,15 @@ def gradients(loss: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [name for name, value in inputs.items() if value.requires_grad]
     found = torch.autograd.grad(loss, [inputs[name] for name in names], allow_unused=True)
     return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
+
+
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """Return the most bytes that tensors made by an action held at a time, by torch's own record."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak

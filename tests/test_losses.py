@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contrast import LOSSES, MODES, by_hand, call, gradients, make_inputs
+from contrast import LOSSES, MODES, by_hand, call, gradients, make_inputs, peak_bytes
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
@@ -150,18 +150,6 @@ def test_peak_of_memory(name: str, limit: float) -> None:
     peak = peak_bytes(lambda: call(name, inputs, block_size=256)[0].backward())
     naive = peak_bytes(lambda: ClipLoss()(inputs["image"], inputs["text"], inputs["scale"]).backward())
     assert 4e6 < peak <= limit < naive
-
-
-def peak_bytes(action: Any) -> int:
-    """Return the most bytes that tensors made by an action held at a time, by torch's own record."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        action()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize("name", LOSSES)

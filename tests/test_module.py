@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import in_processes, make_objective
-from contrast import LOSSES, MODES
+from contrast import LOSSES, MODES, peak_bytes
 from test_model import make_model, write_json
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -112,6 +112,21 @@ def test_micro_batches_replay_random_numbers(tower: str, world_size: int, tmp_pa
     for found, expected, other in in_processes(world_size, gradients_of_a_random_tower, tmp_path, path):
         assert_equal(found, expected)
         assert any((other[name] - value).abs().max() > 1e-6 for name, value in expected.items())
+
+
+def test_micro_batches_hold_the_activations_of_one_at_a_time(tmp_path: Path) -> None:
+    vision = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 4}
+    path, batch, peaks = write_json(tmp_path / "m.json", vision_cfg=vision), make_batch(128, 64), []
+    for micro_batch in (None, 16):
+        module = make_module(path, micro_batch=micro_batch).float()
+        module.training_step(batch, 0).backward()  # gradients are there from now on, and do not count
+
+        def step(module: ClipModule = module) -> None:
+            module.zero_grad(set_to_none=False)
+            module.training_step(batch, 0).backward()
+
+        peaks.append(peak_bytes(step))
+    assert 0 < peaks[1] <= 0.2 * peaks[0]
 
 
 def slice_of_a_process(batch: dict[str, Tensor]) -> dict[str, Tensor]:

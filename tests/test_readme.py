@@ -60,7 +60,7 @@ def test_files_are_there() -> None:
     folder, named = "", set()
     for line in block.splitlines():
         is_inside = line.startswith("  ")
-        names = re.split(" {2,}", line.strip())[0].split(", ") if is_inside else [line.split()[0]]
+        names = re.split(" {2,}", line.strip())[0].split(", ")
         named |= {folder + name for name in names} if is_inside else set(names)
         folder = folder if is_inside else names[0]
     for name in named:
