@@ -116,8 +116,8 @@ def test_micro_batches_replay_random_numbers(tower: str, world_size: int, tmp_pa
 
 def test_micro_batches_hold_the_activations_of_one_at_a_time(tmp_path: Path) -> None:
     vision = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 4}
-    path, batch, peaks = write_json(tmp_path / "m.json", vision_cfg=vision), make_batch(128, 64), []
-    for micro_batch in (None, 16):
+    path, batch, peaks = write_json(tmp_path / "m.json", vision_cfg=vision), make_batch(256, 64), []
+    for micro_batch in (None, 32):
         module = make_module(path, micro_batch=micro_batch).float()
         module.training_step(batch, 0).backward()  # gradients are there from now on, and do not count
 
