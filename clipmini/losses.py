@@ -128,7 +128,8 @@ class TiledSigLIP(Function):
                 row_rival[rows], rival = labels.rivals(tile, rows)
                 column_rival = torch.maximum(column_rival, rival)
                 flip_right_(labels, tile.add_(bias).neg_(), rows)  # z_ij (S_ij + bias)
-                loss -= F.logsigmoid(tile).sum()
+                # A few rows at a time: it takes two more tensors of the same size.
+                loss -= sum(F.logsigmoid(part).sum() for part in tile.split(-(-len(tile) // 8)))
                 if needs_gradient:
                     weights = flip_right_(labels, tile.neg_().sigmoid_(), rows)
                     d_bias += weights.sum()
