@@ -44,22 +44,24 @@ class TiledInfoNCE(Function):
         with torch.autocast(image.device.type, enabled=False):
             columns = gather_columns(text, negative)
             tiles = Tiles(image, columns, scale, labels, block_size)
-            row, right, own, row_rival = (tiles.empty(len(image)) for _ in range(4))
+            row, target, own, row_rival = (tiles.empty(len(image)) for _ in range(4))
             column, column_rival = (tiles.empty(labels.size).fill_(-torch.inf) for _ in range(2))
-            for rows, tile in tiles:
+            for rows, tile, right in tiles:
                 pairs = tile[:, : labels.size]
                 row[rows] = tile.logsumexp(1)
                 column = torch.logaddexp(column, pairs.logsumexp(0))
                 own[rows] = labels.own(tile, rows)
-                row_rival[rows], rival = labels.rivals(tile, rows)
+                row_rival[rows], rival = labels.rivals(tile, rows, right)
                 column_rival = torch.maximum(column_rival, rival)
-                target = labels.probabilities(rows, tiles.dtype)
-                right[rows] = own[rows] if target is None else (pairs * target).sum(1)
+                if right is None:
+                    target[rows] = own[rows]
+                else:
+                    target[rows] = (pairs * labels.probabilities(right, rows, tiles.dtype)).sum(1)
             largest, column_rival = distributed.all_reduce_max(torch.stack([column, column_rival]))
             column = largest + distributed.all_reduce_sum((column - largest).exp()).log()
 
             mine = slice(labels.first, labels.first + len(image))
-            loss = (row.mean() + column[mine].mean()) / 2 - right.mean() - labels.entropy(tiles.dtype)
+            loss = (row.mean() + column[mine].mean()) / 2 - target.mean() - labels.entropy(tiles.dtype)
             ctx.labels, ctx.block_size, ctx.has_negative = labels, block_size, negative is not None
             ctx.save_for_backward(image, columns, scale, row, column)
             accuracy = count_right(own, row_rival, column_rival[mine])
@@ -75,16 +77,15 @@ class TiledInfoNCE(Function):
             tiles = Tiles(image, columns, scale, labels, ctx.block_size)
             d_image, d_columns = tiles.empty(*image.shape), tiles.empty(*columns.shape).zero_()
             d_scale = tiles.empty().zero_()
-            for rows, tile in tiles:
+            for rows, tile, right in tiles:
                 weights = (tile - row[rows, None]).exp_()
                 pairs = weights[:, : labels.size]
                 pairs += tile[:, : labels.size].sub_(column).exp_()
-                target = labels.probabilities(rows, tiles.dtype)
                 # Before anything is rounded to half precision: what is left of a caption picked well is small.
-                if target is None:
+                if right is None:
                     labels.own(weights, rows).sub_(2)
                 else:
-                    pairs -= 2 * target
+                    pairs -= 2 * labels.probabilities(right, rows, tiles.dtype)
                 d_scale += tiles.add_gradients(weights, rows, d_image, d_columns)
             factor = gradient / (2 * len(image))
             d_text, d_negative = scatter_columns(d_columns, labels.size, ctx.has_negative)
@@ -123,15 +124,15 @@ class TiledSigLIP(Function):
             loss, d_scale, d_bias = (tiles.empty().zero_() for _ in range(3))
             if needs_gradient:
                 d_image, d_columns = tiles.empty(*image.shape), tiles.empty(*columns.shape).zero_()
-            for rows, tile in tiles:
+            for rows, tile, right in tiles:
                 own[rows] = labels.own(tile, rows)
-                row_rival[rows], rival = labels.rivals(tile, rows)
+                row_rival[rows], rival = labels.rivals(tile, rows, right)
                 column_rival = torch.maximum(column_rival, rival)
-                flip_right_(labels, tile.add_(bias).neg_(), rows)  # z_ij (S_ij + bias)
+                flip_right_(labels, tile.add_(bias).neg_(), rows, right)  # z_ij (S_ij + bias)
                 # A few rows at a time: it takes two more tensors of the same size.
                 loss -= sum(F.logsigmoid(part).sum() for part in tile.split(-(-len(tile) // 8)))
                 if needs_gradient:
-                    weights = flip_right_(labels, tile.neg_().sigmoid_(), rows)
+                    weights = flip_right_(labels, tile.neg_().sigmoid_(), rows, right)
                     d_bias += weights.sum()
                     d_scale += tiles.add_gradients(weights, rows, d_image, d_columns)
             mine = slice(labels.first, labels.first + len(image))
@@ -156,14 +157,13 @@ class TiledSigLIP(Function):
         return *features, (d_scale * gradient).to(scale_dtype), (d_bias * gradient).to(bias_dtype), None, None, None
 
 
-def flip_right_(labels: Labels, tile: Tensor, rows: slice) -> Tensor:
+def flip_right_(labels: Labels, tile: Tensor, rows: slice, right: Tensor | None) -> Tensor:
     """Change the sign of what is right, and return the tile."""
-    is_right = labels.right(rows)
-    if is_right is None:
+    if right is None:
         labels.own(tile, rows).neg_()
     else:
         pairs = tile[:, : labels.size]
-        pairs.copy_(torch.where(is_right, -pairs, pairs))
+        pairs.copy_(torch.where(right, -pairs, pairs))
     return tile
 
 

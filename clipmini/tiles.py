@@ -47,21 +47,23 @@ class Labels:
         assert self.ids is not None and self.column_ids is not None
         return self.ids[rows, None] == self.column_ids
 
-    def hide_(self, tile: Tensor, rows: slice) -> Tensor:
-        """Set to -inf what a row is not compared with, and return the tile."""
+    def hide_(self, tile: Tensor, rows: slice) -> Tensor | None:
+        """Set to -inf what a row is not compared with.
+
+        Returns:
+            Which captions of pictures are right for a row, bool [rows, B]; None if only its own is.
+        """
         if self.absent is not None:
             tile.masked_fill_(self.absent, -torch.inf)
+        if self.duplicates == "ignore":
+            return None
+        equal = self.equal(rows)
         if self.duplicates == "mask":
-            equal = self.equal(rows)
             self.own(equal, rows).fill_(False)
             tile.masked_fill_(equal, -torch.inf)
-        elif self.duplicates == "share" and tile.shape[1] > self.size:  # a hard negative that is right is none
-            tile[:, self.size :].masked_fill_(self.equal(rows)[:, self.size :], -torch.inf)
-        return tile
-
-    def right(self, rows: slice) -> Tensor | None:
-        """Say which captions of pictures are right for a row, bool [rows, B]; None if only its own is."""
-        return self.equal(rows)[:, : self.size] if self.duplicates == "share" else None
+            return None
+        tile[:, self.size :].masked_fill_(equal[:, self.size :], -torch.inf)  # a hard negative that is right is none
+        return equal[:, : self.size]
 
     @cached_property
     def counts(self) -> Tensor:
@@ -70,18 +72,16 @@ class Labels:
         ids, counts = self.column_ids[: self.size].unique(return_counts=True)  # sorted
         return counts[torch.searchsorted(ids, self.ids)]
 
-    def probabilities(self, rows: slice, dtype: torch.dtype) -> Tensor | None:
-        """Return how likely each caption of a picture shall be for a row, [rows, B]; None if its own is for certain."""
-        right = self.right(rows)
-        return None if right is None else right / self.counts[rows, None].to(dtype)
+    def probabilities(self, right: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return how likely each caption of a picture shall be for a row: [rows, B]."""
+        return right / self.counts[rows, None].to(dtype)
 
     def entropy(self, dtype: torch.dtype) -> Tensor | float:
         """Return the entropy of these probabilities, the mean over rows."""
         return self.counts.to(dtype).log().mean() if self.duplicates == "share" else 0.0
 
-    def rivals(self, tile: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def rivals(self, tile: Tensor, rows: slice, right: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the largest similarity of each row [rows] and of each caption [B] with what is not right for it."""
-        right = self.right(rows)
         if right is not None:
             others = tile.clone()
             others[:, : self.size].masked_fill_(right, -torch.inf)
@@ -121,10 +121,12 @@ class Tiles:
         limit = TILE_BYTES.get(self.rows.device.type, TILE_BYTES["cuda"])
         return max(MIN_ROWS, limit // (2 * self.dtype.itemsize * len(self.columns)))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield rows, their tile with what is hidden at -inf, and what is right for them, see `Labels.hide_`."""
         for start in range(0, len(self.rows), self.block_size):
             rows = slice(start, min(start + self.block_size, len(self.rows)))
-            yield rows, self.labels.hide_(self.multiply(rows), rows)
+            tile = self.multiply(rows)
+            yield rows, tile, self.labels.hide_(tile, rows)
 
     def multiply(self, rows: slice) -> Tensor:
         """Return one tile: [rows, C]."""
