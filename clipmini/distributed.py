@@ -40,7 +40,7 @@ def reduce_scatter_sum(rows: Tensor) -> Tensor:
     if not is_distributed():
         return rows
     parts = list(rows.chunk(world_size()))
-    if dist.get_backend() == "gloo":  # which cannot do it before torch 2.7
+    if dist.get_backend() == "gloo":  # which cannot do it in older torch
         dist.all_reduce(rows)
         return parts[rank()]
     mine = torch.empty_like(parts[0])

@@ -215,9 +215,8 @@ def info_nce(
     Raises:
         UserError: shapes that do not fit, on this process or between processes; a scale that is no number.
     """
-    check_inputs(image, text, scale, duplicates, ids, negative, negative_ids, block_size)
-    labels = make_labels(len(image), duplicates, ids, negative_ids)
-    image, text, negative = promote(image, text, negative)
+    check_inputs(image, text, scale, duplicates, ids, negative, negative_ids)
+    image, text, negative, labels = prepare(image, text, duplicates, ids, negative, negative_ids)
     return TiledInfoNCE.apply(image, text, negative, scale, labels, block_size)
 
 
@@ -239,23 +238,24 @@ def siglip(
     Args:
         bias: what is added to similarities, []; the others are those of `info_nce`, as is what is returned and raised.
     """
-    check_inputs(image, text, scale, duplicates, ids, negative, negative_ids, block_size)
-    labels = make_labels(len(image), duplicates, ids, negative_ids)
-    image, text, negative = promote(image, text, negative)
+    check_inputs(image, text, scale, duplicates, ids, negative, negative_ids)
+    image, text, negative, labels = prepare(image, text, duplicates, ids, negative, negative_ids)
     inputs = [value for value in (image, text, negative, scale, bias) if value is not None]
     needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
     return TiledSigLIP.apply(image, text, negative, scale, bias, labels, block_size, needs_gradient)
 
 
-def promote(image: Tensor, text: Tensor, negative: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return features in the widest of their dtypes."""
+def prepare(
+    image: Tensor,
+    text: Tensor,
+    duplicates: Duplicates,
+    ids: Tensor | None,
+    negative: Tensor | None,
+    negative_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Labels]:
+    """Return features in the widest of their dtypes, and which of all columns is right for which of our rows."""
     dtype = torch.promote_types(image.dtype, text.dtype)
-    return image.to(dtype), text.to(dtype), negative if negative is None else negative.to(dtype)
-
-
-def make_labels(rows: int, duplicates: Duplicates, ids: Tensor | None, negative_ids: Tensor | None) -> Labels:
-    """Say which of all columns is right for which of this process's rows."""
-    first, size = distributed.rank() * rows, distributed.world_size() * rows
+    first, size = distributed.rank() * len(image), distributed.world_size() * len(image)
     column_ids = absent = None
     if duplicates != "ignore":
         assert ids is not None
@@ -264,7 +264,8 @@ def make_labels(rows: int, duplicates: Duplicates, ids: Tensor | None, negative_
         negative_ids = distributed.all_gather(negative_ids)
         absent = torch.cat([torch.zeros(size, dtype=torch.bool, device=negative_ids.device), negative_ids == 0])
         column_ids = column_ids if column_ids is None else torch.cat([column_ids, negative_ids])
-    return Labels(first, size, duplicates, None if column_ids is None else ids, column_ids, absent)
+    labels = Labels(first, size, duplicates, None if column_ids is None else ids, column_ids, absent)
+    return image.to(dtype), text.to(dtype), None if negative is None else negative.to(dtype), labels
 
 
 def check_inputs(
@@ -275,7 +276,6 @@ def check_inputs(
     ids: Tensor | None,
     negative: Tensor | None,
     negative_ids: Tensor | None,
-    block_size: int | None,
 ) -> None:
     """See that everything has its shape, and the same on every process.
 
@@ -300,8 +300,6 @@ def check_inputs(
         raise UserError(f"loss.duplicates={duplicates}: must be {', '.join(get_args(Duplicates))}")
     if duplicates != "ignore" and ids is None:
         raise UserError(f"loss.duplicates={duplicates}: needs the ids of captions")
-    if block_size is not None and block_size < 1:
-        raise UserError(f"loss.block_size={block_size}: must be 1 or more, or null")
     if scale.device.type == "cpu" and not scale.isfinite().all():
         raise UserError(f"the scale of similarities is {float(scale)}: must be finite (loss.init_scale, optimizer.lr)")
     counts = distributed.all_gather_numbers(len(image), 0 if negative is None else len(negative))

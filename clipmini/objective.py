@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipmini.errors import UserError, did_you_mean
 from clipmini.losses import info_nce, siglip
-from clipmini.tiles import Duplicates
+from clipmini.tiles import Duplicates, check_block_size
 
 TERMS = {"image_text": ("image", "text")}  # kinds of pairs, by the features that are compared
 
@@ -50,8 +50,7 @@ class ContrastiveLoss(nn.Module):
             raise UserError(f"loss.init_scale={init_scale:g}: must be from 1 to loss.max_scale={max_scale:g}")
         if (init_bias is None) != (kind == "infonce"):
             raise UserError(f"loss.init_bias={init_bias}: must be a number with siglip, and null with infonce")
-        if block_size is not None and block_size < 1:
-            raise UserError(f"loss.block_size={block_size}: must be 1 or more, or null")
+        check_block_size(block_size)
         check_terms(terms)
         self.kind = kind
         self.init_scale = init_scale
@@ -80,22 +79,16 @@ class ContrastiveLoss(nn.Module):
             `loss` [] with gradient, and `accuracy` [], that of the first term.
         """
         assert (bias is None) == (self.kind == "infonce")
-        results = []
-        for name in self.terms:
-            rows, columns = (features[side] for side in TERMS[name])
-            compare = info_nce if bias is None else functools.partial(siglip, bias=bias)
-            results.append(
-                compare(
-                    rows,
-                    columns,
-                    scale,
-                    duplicates=self.duplicates,
-                    ids=ids,
-                    negative=features.get("negative"),
-                    negative_ids=negative_ids,
-                    block_size=self.block_size,
-                )
-            )
+        compare = functools.partial(
+            info_nce if bias is None else functools.partial(siglip, bias=bias),
+            scale=scale,
+            duplicates=self.duplicates,
+            ids=ids,
+            negative=features.get("negative"),
+            negative_ids=negative_ids,
+            block_size=self.block_size,
+        )
+        results = [compare(*(features[side] for side in TERMS[name])) for name in self.terms]
         loss = sum(weight * loss for weight, (loss, _) in zip(self.terms.values(), results, strict=True))
         return {"loss": loss, "accuracy": results[0][1]}
 

@@ -19,7 +19,7 @@ from clipmini.data.locate import base_name, parent
 from clipmini.data.processes import map_in_processes
 from clipmini.data.remote import is_remote
 from clipmini.data.threads import map_in_threads
-from clipmini.data.told import read_told_counts
+from clipmini.data.told import REQUESTS, read_told_counts
 from clipmini.errors import UserError
 from clipmini.files import write_atomically
 
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 INDEX_NAME = "clipmini-index.json"
 ALONE_SECONDS = 1.0  # what takes less needs neither help nor a file that saves it the next time
-REQUESTS = 16  # files that are fetched at a time
 MAX_TOLD = 10  # extensions in a message
 
 
