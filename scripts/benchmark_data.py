@@ -9,7 +9,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from benchmark_loaders import (
     start,
     write_pairs,
 )
-from benchmark_tables import print_table
+from benchmark_tables import print_table, take_turns
 
 from clipmini.data import counts, picture
 from clipmini.data.index import PairFormat, Shard, index_shard
@@ -84,15 +83,6 @@ def measure_index(pairs: Pairs) -> float:
     for path in pairs.shards:
         index_shard(path, PairFormat())
     return 1e6 * (time.process_time() - before) / len(pairs.files)
-
-
-def take_turns(rounds: int, measure: Callable[[str], Any], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Measure each in turn, for some rounds."""
-    found: dict[str, list[Any]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            found[name].append(measure(name))
-    return found
 
 
 def measure_size(size: int, root: Path, options: argparse.Namespace) -> None:

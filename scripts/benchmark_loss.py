@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_tables import print_table
+from benchmark_tables import print_table, take_turns
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
@@ -138,12 +138,9 @@ def in_a_process(make_step: Callable[..., Step], *arguments: Any) -> tuple[float
     return results.get()
 
 
-def take_turns(rounds: int, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float, float] | None]:
+def measure_medians(rounds: int, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float, float] | None]:
     """Measure candidates in turn for some rounds: the medians of seconds and bytes, or None."""
-    found: dict[str, list[Any]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
-            found[name].append(candidate())
+    found = take_turns(rounds, lambda name: candidates[name](), candidates)
     return {
         name: None if None in values else tuple(statistics.median(column) for column in zip(*values, strict=True))
         for name, values in found.items()
@@ -169,7 +166,7 @@ def measure_losses(pairs: int, width: int, rounds: int) -> None:
     for kind, losses in LOSSES.items():
         names = [name for name in losses if "linear" not in name or hasattr(F, "linear_cross_entropy")]
         candidates = {name: functools.partial(in_a_process, make_loss_step, kind, name, pairs, width) for name in names}
-        print_results(f"{kind}, {pairs} pairs of {width}", take_turns(rounds if pairs <= LARGE else 1, candidates))
+        print_results(f"{kind}, {pairs} pairs of {width}", measure_medians(rounds if pairs <= LARGE else 1, candidates))
 
 
 def measure_micro_batches(pairs: int, rounds: int) -> None:
@@ -178,7 +175,7 @@ def measure_micro_batches(pairs: int, rounds: int) -> None:
     candidates = {
         name: functools.partial(in_a_process, make_training_step, pairs, part) for name, part in parts.items()
     }
-    print_results(f"training step of vit_tiny, {pairs} pairs", take_turns(rounds, candidates))
+    print_results(f"training step of vit_tiny, {pairs} pairs", measure_medians(rounds, candidates))
 
 
 def run(options: argparse.Namespace) -> None:

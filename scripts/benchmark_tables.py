@@ -1,6 +1,7 @@
-"""Tables of the benchmarks."""
+"""How the benchmarks take turns, and their tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -9,3 +10,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in (header, *rows):
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  ".join(cells))
+
+
+def take_turns(rounds: int, measure: Callable[[str], Any], names: Iterable[str]) -> dict[str, list[Any]]:
+    """Measure each in turn, for some rounds."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            found[name].append(measure(name))
+    return found
