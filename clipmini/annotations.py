@@ -22,7 +22,7 @@ def check_values(key: str, values: Mapping[str, Any], known: Collection[str], hi
     """
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"unknown key {key}.{name}{did_you_mean(name, known)}")
+            raise UserError(f"unknown key {key}.{name}{did_you_mean(str(name), known)}")
         if name in hints and not matches(value, hints[name]):
             raise UserError(f"{key}.{name}={value!r} has the wrong type: expected {describe(hints[name])}")
 

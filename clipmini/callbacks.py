@@ -49,6 +49,10 @@ class Monitor(Callback):
         self.window_step = trainer.global_step
         self.waited_before = trainer.train_dataloader.waited
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time in which nothing was trained."""
+        self.window_start += seconds
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step % self.log_every_n_steps == 0 or step == trainer.max_steps:

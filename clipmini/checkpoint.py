@@ -1,6 +1,7 @@
 """What a run leaves behind: checkpoints that are complete or absent, and a model that plain open_clip loads."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from clipmini import distributed
 from clipmini.errors import Interrupted, UserError
 from clipmini.files import write_atomically
-from clipmini.model import Model
+from clipmini.model import Model, open_clip_config
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = (
@@ -33,6 +34,8 @@ IDENTITY = (
         "data.max_member_bytes",
     ),
 )
+WEIGHTS = "open_clip_model.safetensors"
+BEST = "best.ckpt"  # beside the numbered checkpoints
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -102,6 +105,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", path.name))
 
 
+def keep_best(path: Path) -> None:
+    """Keep a checkpoint as best.ckpt beside it: another name of the same file where the file system can do that."""
+    best, new = path.with_name(BEST), path.with_name(f".{BEST}.new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+    new.replace(best)
+
+
 def checkpoint_step(path: Path) -> int:
     """Return the number of optimizer steps that a checkpoint's name tells."""
     return int(path.stem.removeprefix("step-"))
@@ -149,9 +163,9 @@ def export_open_clip(model: Model, directory: Path) -> None:
     new = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    config = {"model_cfg": model.architecture, "preprocess_cfg": model.visual.preprocess_cfg}
-    (new / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    (new / "open_clip_config.json").write_text(json.dumps(open_clip_config(model), indent=2))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, new / "open_clip_model.safetensors")
+    save_file(weights, new / WEIGHTS)
+    (new / WEIGHTS).chmod((new / "open_clip_config.json").stat().st_mode)  # safetensors lets only the owner read
     shutil.rmtree(directory, ignore_errors=True)
     new.rename(directory)

@@ -1,14 +1,18 @@
 """Configuration: the schema of our own keys, where the yaml files lie, and the only place that instantiates."""
 
+import argparse
 import functools
 import inspect
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -32,10 +36,14 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What a trained model is judged by."""
+    """What a model is judged by while it trains, and at the end."""
 
-    datasets: list[str] = field(default_factory=list)
+    datasets: list[Any] = field(default_factory=list)
     batch_size: int = MISSING
+    precision: str = MISSING
+    bootstrap_resamples: int = MISSING
+    every_n_steps: int | None = MISSING
+    best_metric: str | None = MISSING
 
 
 @dataclass
@@ -72,10 +80,71 @@ class TrainConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
+@dataclass
+class EvaluateConfig:
+    """The keys of `clipmini evaluate`."""
+
+    model: str = MISSING
+    architecture: str | None = MISSING
+    datasets: list[Any] = MISSING
+    output: str = MISSING
+    again: bool = MISSING
+    batch_size: int = MISSING
+    num_workers: int | None = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    probes: list[str] = MISSING
+    probe_features: str = MISSING
+    knn_k: int = MISSING
+    knn_temperature: float = MISSING
+    l2: float | None = MISSING
+    bootstrap_resamples: int = MISSING
+    seed: int = MISSING
+    shuffled: bool = MISSING
+    details: str | None = MISSING
+    details_format: str = MISSING
+    clip_benchmark: str | None = MISSING
+    compare_to: str | None = MISSING
+    check: bool = MISSING
+    watch: bool = MISSING
+    best_metric: str | None = MISSING
+    poll_seconds: float = MISSING
+    cache: str | None = MISSING
+
+
+@dataclass
+class ExportConfig:
+    """The keys of `clipmini export`."""
+
+    model: str = MISSING
+    architecture: str | None = MISSING
+    format: str = MISSING
+    output: str = MISSING
+    license: str | None = MISSING
+
+
 def register() -> None:
-    """Make the schema and the `package:` resolver known to Hydra; must run before a config is composed."""
-    ConfigStore.instance().store("train_schema", TrainConfig)
+    """Make the schemas and the `package:` resolver known to Hydra; must run before a config is composed."""
+    for name, schema in (("train", TrainConfig), ("evaluate", EvaluateConfig), ("export", ExportConfig)):
+        ConfigStore.instance().store(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE / name), replace=True)
+
+
+def config_file(name: str) -> Path:
+    """Return the yaml file of a command; all but training's are apart from the groups: `model=` is no choice there."""
+    return CONFIG_DIR / f"{name}.yaml" if name == "train" else CONFIG_DIR / "commands" / f"{name}.yaml"
+
+
+def compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a config, without a job; `--config-dir` adds one's own yaml files, as it does for `clipmini train`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    options, overrides = parser.parse_known_args(overrides)
+    if options.config_dir:
+        overrides = [f"hydra.searchpath=[file://{os.path.abspath(options.config_dir)}]", *overrides]
+    register()
+    with initialize_config_dir(str(config_file(name).parent), version_base="1.3"):
+        return hydra_compose(name, list(overrides))
 
 
 def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:

@@ -3,17 +3,32 @@
 W processes, b rows on each of them.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_is_alone = False
+
 
 def is_distributed() -> bool:
     """Say whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _is_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Have this process do for itself what else all of them would do together."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def rank() -> int:
@@ -33,6 +48,14 @@ def all_gather(rows: Tensor) -> Tensor:
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
     dist.all_gather(list(gathered.chunk(world_size())), rows.contiguous())
     return gathered
+
+
+def all_gather_uneven(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, [b, ...], of which each may have another number b."""
+    counts = [count for (count,) in all_gather_numbers(len(rows))]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded).split(max(counts)), counts, strict=True)])
 
 
 def reduce_scatter_sum(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 
 class CsvMetrics(Logger):
-    """Appends a row for each step; rows of steps that a resumed run does again are dropped first.
+    """Appends a row for each step, of one or more calls; rows of steps that a resumed run does again go first.
 
     Args:
         path: the file, with a column `step` first.
@@ -20,6 +20,7 @@ class CsvMetrics(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns: list[str] = []
+        self.step: int | None = None  # of the last row
 
     @property
     def name(self) -> str:
@@ -32,17 +33,20 @@ class CsvMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row: dict[str, Any] = {"step": step, **metrics}
-        if not set(row) <= set(self.columns):
-            self.start(row)
+        if step == self.step or not set(row) <= set(self.columns):
+            row = self.start(row)
+        self.step = step
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def start(self, row: Mapping[str, Any]) -> None:
-        """Rewrite the file with the columns of this row and the rows before it."""
+    def start(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Rewrite the file with the columns of this row and the rows before it; return it with what its step has."""
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+                found = [old for old in csv.DictReader(file) if int(old["step"]) <= row["step"]]
+            rows = [old for old in found if int(old["step"]) < row["step"]]
+            row = {**next((old for old in found if int(old["step"]) == row["step"]), {}), **row}
         names = dict.fromkeys([*row, *(name for old in rows for name in old)])
         self.columns = list(names)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +54,7 @@ class CsvMetrics(Logger):
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
+        return dict(row)
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:

@@ -3,9 +3,11 @@
 Shapes: b pictures or captions, S pixels, L tokens, D embedding width.
 """
 
+import contextlib
 import json
+import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -121,9 +123,7 @@ def create_model(
     preprocess = asdict(PreprocessCfg())
     if pretrained is not None:
         preprocess = load_pretrained(model, name, pretrained, preprocess)
-    set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})
-    for buffer, values in (("pixel_mean", preprocess["mean"]), ("pixel_std", preprocess["std"])):
-        model.visual.register_buffer(buffer, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+    set_preprocess(model, preprocess)
     if lock_image:
         model.lock_image_tower(freeze_bn_stats=True)
     if lock_text:
@@ -166,6 +166,40 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
     return model
 
 
+def set_preprocess(model: Model, preprocess: Mapping[str, Any]) -> None:
+    """Tell a model how its pictures are prepared: open_clip's preprocess_cfg, and buffers with mean and std."""
+    set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})
+    for buffer, values in (("pixel_mean", preprocess["mean"]), ("pixel_std", preprocess["std"])):
+        model.visual.register_buffer(buffer, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+
+
+def image_size(model: Model) -> int:
+    """Return the side of a model's pictures in pixels; open_clip's towers have one number or two."""
+    size = model.visual.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def open_clip_config(model: Model) -> dict[str, Any]:
+    """Return the content of open_clip's `open_clip_config.json`."""
+    return {"model_cfg": model.architecture, "preprocess_cfg": model.visual.preprocess_cfg}
+
+
+def create_from_open_clip_config(config: Mapping[str, Any]) -> Model:
+    """Make the model of an `open_clip_config.json`, with random weights.
+
+    Raises:
+        UserError: it is none, or open_clip cannot make it.
+    """
+    architecture = config.get("model_cfg")
+    if not isinstance(architecture, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
+        raise UserError("open_clip_config.json: model_cfg needs embed_dim, vision_cfg and text_cfg")
+    if "multimodal_cfg" in architecture:
+        raise UserError("open_clip_config.json: captioning models (CoCa) are not supported")
+    model = create_from_architecture(architecture)
+    set_preprocess(model, merge_preprocess_dict(asdict(PreprocessCfg()), config.get("preprocess_cfg") or {}))
+    return model
+
+
 def check_timm_name(name: str | None) -> None:
     """See that timm has an image tower of this name; names with a colon say where else it comes from.
 
@@ -196,12 +230,38 @@ def load_pretrained(model: Model, name: str, pretrained: str, preprocess: dict[s
             )
         tag = open_clip.get_pretrained_cfg(name, pretrained)
         preprocess = merge_preprocess_dict(preprocess, tag)
-        path = open_clip.download_pretrained(tag)
-    try:
-        open_clip.load_checkpoint(model, path)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"model.pretrained={pretrained} does not fit model.name={name}: {error}") from error
+        path = download_pretrained(tag, f"model.pretrained={pretrained}")
+    load_weights(model, path, f"model.pretrained={pretrained} does not fit model.name={name}")
     return preprocess
+
+
+def download_pretrained(tag: dict[str, Any], at: str) -> str:
+    """Return the file of weights of one of open_clip's tags, from its cache or the network.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    try:
+        return open_clip.download_pretrained(tag)
+    except Exception as error:  # of any of the libraries that fetch
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise UserError(f"{at}: open_clip has no such weights in its cache and cannot fetch them: {reason}") from error
+
+
+def load_weights(model: Model, path: str | Path, at: str) -> None:
+    """Load a file of weights, in any form that open_clip reads; no code in it is run.
+
+    Raises:
+        UserError: it cannot be read, or its names or shapes are not those of the model; says which.
+    """
+    try:
+        open_clip.load_checkpoint(model, str(path))
+    except (RuntimeError, KeyError) as error:
+        differences = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
+        raise UserError(f"{at}: {'; '.join(differences[:8])}") from error
+    except Exception as error:  # of pickle, zipfile, safetensors: damage has no common class
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise UserError(f"{at}: {path} cannot be read as weights: {reason}") from error
 
 
 def synchronize_batch_norm(model: Model) -> Model:
@@ -212,11 +272,39 @@ def synchronize_batch_norm(model: Model) -> Model:
     return convert_sync_batchnorm(model)
 
 
-def encode_image(model: Model, image: Tensor) -> Tensor:
-    """Encode pictures: uint8 [b, 3, S, S] to unit vectors [b, D]."""
+def encode_image(model: Model, image: Tensor, *, before_projection: bool = False) -> Tensor:
+    """Encode pictures: uint8 [b, 3, S, S] to unit vectors [b, D].
+
+    Args:
+        before_projection: return what goes into the last projection of the tower instead, not normalised.
+
+    Raises:
+        UserError: the tower has no such projection.
+    """
     pixels = (image - model.visual.pixel_mean) / model.visual.pixel_std
-    features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))
-    return F.normalize(features, dim=-1)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    if not before_projection:
+        return F.normalize(model.encode_image(pixels), dim=-1)
+    with without_projection(model.visual):
+        return model.encode_image(pixels)
+
+
+@contextlib.contextmanager
+def without_projection(visual: nn.Module) -> Iterator[None]:
+    """Take the last projection out of an image tower, and put it back.
+
+    Raises:
+        UserError: it has none that can be taken out.
+    """
+    name, nothing = ("head", nn.Identity()) if isinstance(visual, TimmModel) else ("proj", None)
+    if getattr(visual, name, None) is None:
+        raise UserError(f"probe_features=before_projection: {type(visual).__name__} has no projection at its end")
+    projection = getattr(visual, name)
+    setattr(visual, name, nothing)
+    try:
+        yield
+    finally:
+        setattr(visual, name, projection)
 
 
 def encode_text(model: Model, text: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
 from clipmini.errors import UserError
-from clipmini.model import Model, encode_image, encode_text
+from clipmini.model import Model, encode_image, encode_text, open_clip_config
 from clipmini.objective import ContrastiveLoss
 from clipmini.optim import parameter_groups
 
@@ -131,6 +131,10 @@ class ClipModule(pl.LightningModule):
         """Step, and clamp the scale at once, so that a checkpoint never holds it unclamped."""
         super().optimizer_step(*arguments, **options)
         self.loss.clamp_(self.model.logit_scale)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how the model is made, so that a checkpoint alone is enough to use it."""
+        checkpoint["open_clip_config"] = open_clip_config(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.model))

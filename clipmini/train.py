@@ -17,15 +17,18 @@ import clipmini
 from clipmini import checkpoint, launch
 from clipmini.config import build, build_all
 from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
-from clipmini.data.decode import EvaluationTransform
 from clipmini.data.health import read_causes
 from clipmini.data.loader import ImageTextData, explain_workers
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.errors import UserError
-from clipmini.evaluation.datasets import ClassificationSet, read_classification_set
-from clipmini.evaluation.results import log_results, write_results
-from clipmini.evaluation.zero_shot import evaluate_zero_shot
-from clipmini.model import Model, padding, synchronize_batch_norm
+from clipmini.evaluation.datasets import Opened, open_sets
+from clipmini.evaluation.entries import read_entries
+from clipmini.evaluation.evaluator import Evaluator
+from clipmini.evaluation.results import log_results
+from clipmini.evaluation.tasks import Protocol
+from clipmini.evaluation.validation import read_held_out
+from clipmini.evaluation_callback import Evaluation
+from clipmini.model import image_size, padding, synchronize_batch_norm
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
@@ -45,15 +48,17 @@ def train(cfg: DictConfig) -> None:
     resume = find_checkpoint(run, config)
 
     launch.check_batch(processes, batch_size=cfg.batch_size, micro_batch=cfg.micro_batch)
-    datasets = [read_classification_set(directory) for directory in cfg.evaluation.datasets]
+    datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
+    opened = open_sets(read_entries(datasets, "evaluation.datasets"))
     data = build_data(cfg, processes)
     pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
     module = build_module(cfg, config, processes, total_steps)
     tokenize = create_tokenizer(module.model.architecture)
-    size = module.model.visual.image_size[0]
+    size = image_size(module.model)
     data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
-    trainer = build_trainer(cfg, processes, total_steps)
+    evaluation = build_evaluation(cfg, opened, data, tokenize, run)
+    trainer = build_trainer(cfg, processes, total_steps, evaluation)
 
     if processes.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,8 @@ def train(cfg: DictConfig) -> None:
     model = module.model.to(trainer.strategy.root_device)
     if processes.rank == 0:
         checkpoint.export_open_clip(model, run / "model")
-    evaluate(model, tokenize, datasets, cfg, trainer, run, num_workers=data.num_workers)
+    evaluation.evaluate(trainer, module, total_steps)
+    log_results(evaluation.rows)
     log_files(run)
 
 
@@ -127,7 +133,31 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     return module
 
 
-def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int) -> pl.Trainer:
+def build_evaluation(
+    cfg: DictConfig, opened: list[Opened], data: ImageTextData, tokenize: Tokenize, run: Path
+) -> Evaluation:
+    """Make what evaluates the run while it trains, and at its end.
+
+    Raises:
+        UserError: values that cannot work, or held-out pairs that cannot be read.
+    """
+    options = cfg.evaluation
+    protocol = Protocol(seed=cfg.seed, resamples=options.bootstrap_resamples)
+    held_out = None
+    if data.held_out is not None:
+        held_out = read_held_out(data.held_out, data.store, data.captions, seed=cfg.seed, group_size=cfg.batch_size)
+    return Evaluation(
+        Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision),
+        held_out,
+        tokenize,
+        output=run / "results.jsonl",
+        every_n_steps=options.every_n_steps,
+        best_metric=options.best_metric,
+        best=run / "checkpoints" / checkpoint.BEST,
+    )
+
+
+def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *callbacks: pl.Callback) -> pl.Trainer:
     """Build Lightning's Trainer with what the launcher, the hardware and the exact order of samples decide.
 
     Raises:
@@ -152,7 +182,7 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int) -
             precision=launch.choose_precision(options.precision, accelerator),
             max_steps=total_steps,
             max_epochs=-1,
-            callbacks=build_all(cfg, "callbacks"),
+            callbacks=[*callbacks, *build_all(cfg, "callbacks")],
             logger=build_all(cfg, "logger"),
             plugins=[checkpoint.AtomicCheckpointIO(), launch.choose_environment(processes)],
             default_root_dir=cfg.paths.run,
@@ -183,36 +213,6 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, resume: Pa
     log.info("trained in %s", format_seconds(time.perf_counter() - start))
 
 
-def evaluate(
-    model: Model,
-    tokenize: Tokenize,
-    datasets: list[ClassificationSet],
-    cfg: DictConfig,
-    trainer: pl.Trainer,
-    run: Path,
-    *,
-    num_workers: int,
-) -> None:
-    """Classify every data set, print the table and write the results."""
-    preprocess = model.visual.preprocess_cfg
-    transform = EvaluationTransform(model.visual.image_size[0], preprocess["resize_mode"], preprocess["interpolation"])
-    results = []
-    for dataset in datasets:
-        metrics = evaluate_zero_shot(
-            model,
-            tokenize,
-            dataset,
-            transform=transform,
-            batch_size=cfg.evaluation.batch_size,
-            num_workers=num_workers,
-            device=trainer.strategy.root_device,
-        )
-        results.append((dataset, metrics))
-    if results and trainer.is_global_zero:
-        write_results(run / "results.jsonl", results, trainer.max_steps)
-        log_results(results)
-
-
 def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> None:
     """Say what is about to be trained, on what, and on which data."""
     device = trainer.strategy.root_device
@@ -228,7 +228,7 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
             "run": f"{cfg.name} in {cfg.paths.run}",
             "recipe": f"experiment={experiment}, and what was overridden",
             "device": f"{trainer.world_size} x {name}, {trainer.precision}",
-            "model": f"{cfg.model.name}, {count / 1e6:.1f} M parameters, {module.model.visual.image_size[0]} px",
+            "model": f"{cfg.model.name}, {count / 1e6:.1f} M parameters, {image_size(module.model)} px",
             "samples": f"{pairs:,} pairs ({sources})",
             "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
             "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",

@@ -139,6 +139,7 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
     nothing = {"rotation": 0.0, "translation": 0.0, "zoom": (1.0, 1.0), "shear": 0.0, "fill": 0, "flip": 0.0}
     colors = {"color_jitter": None, "color_jitter_probability": 0.0, "grayscale_probability": 0.0}
     data = ImageTextData(
+        val=None,
         train=pairs.shards,
         caption_key="txt",
         hard_negatives=None,

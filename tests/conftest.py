@@ -89,6 +89,7 @@ def make_cache(directory: Path, **changes: Any) -> ShardCache:
 def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int = 9, **changes: Any) -> ImageTextData:
     """Make the training data of a run of 9 steps of 12 pairs, in small blocks, prepared for a model of 16 pixels."""
     options = {
+        "val": None,
         "caption_key": "txt",
         "hard_negatives": None,
         "augmentation": make_augmentation(flip=0.5),
@@ -228,6 +229,7 @@ def in_processes(count: int, function: Callable, directory: Path, *arguments: ob
 
 def _process(rank: int, count: int, function: Callable, directory: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # workers start as they do in a launcher's processes
     store = torch.distributed.FileStore(str(directory / "store"), count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
     try:

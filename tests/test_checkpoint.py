@@ -147,3 +147,12 @@ def test_plain_open_clip_loads_the_export(tower: str, tiny_json: Path, tmp_path:
         atol=1e-6,
     )
     torch.testing.assert_close(loaded.logit_scale, model.logit_scale)
+
+
+def test_a_residual_network_of_open_clip_trains(
+    compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
+) -> None:
+    tower = "model.vision_cfg={layers:[1,1,1,1],width:8,head_width:16,image_size:32}"
+    directory = run(compose, tiny_json, shards, tmp_path / "run", tower, "steps=2")
+    open_clip.create_model_and_transforms(f"local-dir:{directory / 'model'}")
+    assert {path.stat().st_mode & 0o044 for path in (directory / "model").iterdir()} == {0o044}

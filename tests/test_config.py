@@ -1,6 +1,7 @@
 """Every yaml composes, resolves and builds; wrong keys and types are refused by name."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,12 @@ from clipmini.errors import UserError
 
 Compose = Callable[..., DictConfig]
 YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
-CHOICES = [f"{path.parent.name}={path.stem}" for path in YAMLS if path.parent != config.CONFIG_DIR]
+COMMANDS = [path.stem for path in YAMLS if path.parent.name == "commands"]
+CHOICES = [
+    f"{path.parent.name}={path.stem}"
+    for path in YAMLS
+    if path.parent != config.CONFIG_DIR and path.stem not in COMMANDS
+]
 
 
 def test_every_group_has_choices() -> None:
@@ -27,7 +33,7 @@ def test_every_group_has_choices() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_yaml_opens_with_its_command(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
-    assert lines[0].startswith("# ") and re.search("clipmini (train|shards)", "".join(lines[:2]))
+    assert lines[0].startswith("# ") and re.search("clipmini (train|evaluate|export|shards)", "".join(lines[:2]))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -143,3 +149,13 @@ def test_build_keeps_a_partial_open() -> None:
 def test_build_refuses_unknown_keys_and_wrong_types(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.build(OmegaConf.create({"thing": {**THING, **changes}}), "thing")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes_its_examples(command: str) -> None:
+    lines = [line for line in config.config_file(command).read_text().splitlines() if line.startswith("# ")]
+    examples = [line for line in lines if f" {command} " in line]
+    assert examples
+    for line in examples:
+        words = shlex.split(re.split(" {3,}", line)[0])
+        config.compose(command, words[words.index(command) + 1 :])

@@ -36,3 +36,15 @@ def test_new_columns(tmp_path: Path) -> None:
     logger.log_metrics({"a": 3}, 3)
     rows = [{name: value for name, value in row.items() if value} for row in read(path)]
     assert rows == [{"step": "1", "a": "1"}, {"step": "2", "b": "2"}, {"step": "3", "a": "3"}]
+
+
+def test_one_step_in_several_calls_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = CsvMetrics(path=str(path))
+    logger.log_metrics({"a": 1}, 1)
+    logger.log_metrics({"b": 2}, 2)
+    logger.log_metrics({"a": 3}, 2)
+    again = CsvMetrics(path=str(path))  # of the same command after the end
+    again.log_metrics({"b": 4}, 2)
+    rows = [{name: value for name, value in row.items() if value} for row in read(path)]
+    assert rows == [{"step": "1", "a": "1"}, {"step": "2", "a": "3", "b": "4"}]

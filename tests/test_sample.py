@@ -11,7 +11,9 @@ from PIL import Image
 
 from clipmini.data.index import PairFormat
 from clipmini.data.manifest import read_manifest
-from clipmini.evaluation.datasets import read_classification_set
+from clipmini.evaluation.datasets import open_set
+from clipmini.evaluation.entries import SetEntry
+from clipmini.evaluation.sets import ClassificationSet
 
 LIMIT = 10_000  # more samples than any shard has
 
@@ -48,8 +50,10 @@ def test_counts(tmp_path: Path) -> None:
 
 
 def test_no_class_appears_twice() -> None:
-    dataset = read_classification_set(str(SAMPLE / "wds_twemoji"))
-    assert len(set(dataset.class_names)) == len(dataset.class_names) == len(dataset.samples) == 1610
+    (opened,) = open_set(SetEntry(str(SAMPLE / "wds_twemoji")))
+    dataset = opened.dataset
+    assert isinstance(dataset, ClassificationSet)
+    assert len(set(dataset.class_names)) == len(dataset.class_names) == len(dataset.pictures) == 1610
     pictures = read_sample("wds_twemoji/test/0.tar", LIMIT)
     assert len({sample["webp"] for sample in pictures}) == 1610
     assert [int(sample["cls"]) for sample in pictures] == list(range(1610))

@@ -17,7 +17,7 @@ from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Captions, Decoder
 from clipmini.data.health import Health
 from clipmini.data.index import PairFormat
-from clipmini.data.manifest import read_manifest
+from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, trim
@@ -191,6 +191,7 @@ class ImageTextData(pl.LightningDataModule):
     Args:
         train: where the shards are: a directory of tars, a glob, a brace pattern, a list of those, or a mapping
             `name: {shards, weight}`; local paths or URLs (s3, gs, hf, http, https).
+        val: shards that are held out, in the same way, or null.
         caption_key: `txt`, a key of a sample's json (a caption, or a list of which one is drawn at each visit), or
             a mapping of those to probabilities.
         hard_negatives: key of the json with captions that are wrong for the picture, of which one is drawn at each
@@ -221,6 +222,7 @@ class ImageTextData(pl.LightningDataModule):
         self,
         *,
         train: str | list[str] | dict[str, Any],
+        val: str | list[str] | dict[str, Any] | None,
         caption_key: str | dict[str, float],
         hard_negatives: str | None,
         augmentation: Augmentation,
@@ -251,6 +253,7 @@ class ImageTextData(pl.LightningDataModule):
         self.captions = Captions.from_key(caption_key, hard_negatives)
         self.store = ShardStore(PairFormat(self.captions.extensions), cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
+        self.held_out = read_held_out(val, self.manifest, self.store, allow_pipe=allow_pipe)
         self.plan = Plan(self.manifest, seed=seed, shuffle_streams=shuffle_streams, shuffle_block=shuffle_block)
         self.augmentation = augmentation
         self.draft = draft
@@ -308,6 +311,25 @@ class ImageTextData(pl.LightningDataModule):
             padding=self.padding,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def read_held_out(
+    val: str | list[str] | dict[str, Any] | None, train: Manifest, store: ShardStore, *, allow_pipe: bool
+) -> Manifest | None:
+    """Find and count the shards of `data.val`.
+
+    Raises:
+        UserError: they cannot be read, or one of them is trained on.
+    """
+    if val is None:
+        return None
+    assert store.cache is not None
+    held_out = read_manifest(val, store.pair_format, store.cache, allow_pipe=allow_pipe, part="val")
+    trained = {shard.path for source in train.sources for shard in source.shards}
+    for path in (shard.path for source in held_out.sources for shard in source.shards):
+        if path in trained:
+            raise UserError(f"data.val: {path} is a shard of data.train too, so that it would not be held out")
+    return held_out
 
 
 def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:

@@ -60,17 +60,17 @@ class SourceEntry:
     weight: float | None
 
 
-def read_sources(train: str | Sequence[str] | Mapping) -> list[SourceEntry]:
-    """Read `data.train`: what `locate` takes, or a mapping `name: {shards, weight}`.
+def read_sources(train: str | Sequence[str] | Mapping, part: str = "train") -> list[SourceEntry]:
+    """Read `data.train` or another part: what `locate` takes, or a mapping `name: {shards, weight}`.
 
     Raises:
         UserError: it is something else.
     """
     if not isinstance(train, Mapping):
-        return [SourceEntry("train", "data.train", train, None)]
+        return [SourceEntry(part, f"data.{part}", train, None)]
     entries = []
     for name, entry in train.items():
-        key = f"data.train.{name}"
+        key = f"data.{part}.{name}"
         if not isinstance(entry, Mapping) or "shards" not in entry or set(entry) - {"shards", "weight"}:
             raise UserError(f"{key}={entry!r}: expected {{shards: ..., weight: ...}}")
         shards = entry["shards"]
@@ -82,12 +82,17 @@ def read_sources(train: str | Sequence[str] | Mapping) -> list[SourceEntry]:
             raise UserError(f"{key}.weight={weight!r}: expected a number above 0")
         entries.append(SourceEntry(str(name), key, shards, weight))
     if not entries:
-        raise UserError("data.train={}: no shards")
+        raise UserError(f"data.{part}={{}}: no shards")
     return entries
 
 
 def read_manifest(
-    train: str | Sequence[str] | Mapping, pair_format: PairFormat, cache: ShardCache, *, allow_pipe: bool = False
+    train: str | Sequence[str] | Mapping,
+    pair_format: PairFormat,
+    cache: ShardCache,
+    *,
+    allow_pipe: bool = False,
+    part: str = "train",
 ) -> Manifest:
     """Find the shards and count their pairs.
 
@@ -96,12 +101,13 @@ def read_manifest(
         pair_format: which members of a sample make a pair.
         cache: how to reach remote shards, and where counts are kept.
         allow_pipe: whether commands may be run.
+        part: the key of the config below `data`.
 
     Raises:
         UserError: no shards, one that cannot be read, or shards without a single pair.
     """
     sources = []
-    for entry in read_sources(train):
+    for entry in read_sources(train, part):
         found = locate(entry.shards, entry.key, cache.remote, allow_pipe=allow_pipe)
         shards = tuple(shard for shard in count_pairs(found, pair_format, cache, entry.key) if shard.num_samples)
         weight = sum(shard.num_samples for shard in shards) if entry.weight is None else entry.weight

@@ -1,146 +1,202 @@
-"""Classification sets on disk, in the webdataset layout of CLIP_benchmark and DataComp.
+"""What the config names, to sets: looks at what lies at a path and reads it by its layout."""
 
-ROOT/classnames.txt                          one class a line, in the order of the labels
-ROOT/zeroshot_classification_templates.txt   one prompt a line, with {c} or {} for the class
-ROOT/test/nshards.txt                        a number
-ROOT/test/0.tar 1.tar ...                    KEY.webp|png|jpg|jpeg and KEY.cls, a 0-based label
-"""
-
-from dataclasses import dataclass
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-from torch.utils.data import Dataset
+import numpy as np
 
-from clipmini.data.decode import EvaluationTransform
-from clipmini.data.health import Fault
-from clipmini.data.index import PairFormat, Shard
-from clipmini.data.locate import local_shard
-from clipmini.data.store import ShardStore
 from clipmini.errors import UserError
-
-FORMAT = PairFormat(caption_extensions=("cls",))
-MAX_MEMBER_BYTES = 1 << 31  # of a picture: what is judged is not scraped from anywhere
+from clipmini.evaluation import choices, folders, tables, wds
+from clipmini.evaluation.entries import Layout, SetEntry
+from clipmini.evaluation.prompts import PLAIN, Names, Prompts, make_prompts, read_file, read_names, read_templates
+from clipmini.evaluation.sets import ClassificationSet, EvaluationSet, Pictures, Place
 
 
 @dataclass(frozen=True)
-class ClassificationSet:
-    """Pictures with one of C classes each, and the words for the classes.
+class Opened:
+    """A set, and the training part of it where probes need one."""
 
-    Attributes:
-        name: of the set.
-        class_names: C names.
-        templates: prompts with one placeholder each.
-        samples: (shard, index in the shard, label) of each picture.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    samples: tuple[tuple[Shard, int, int], ...]
-
-    def prompts(self, label: int) -> list[str]:
-        """Return the sentences for a class."""
-        name = self.class_names[label]
-        return [template.replace("{c}", name).replace("{}", name) for template in self.templates]
+    dataset: EvaluationSet
+    train: ClassificationSet | None = None
 
 
-def read_classification_set(directory: str) -> ClassificationSet:
-    """Read a set with its labels, but none of its pictures.
+def open_sets(entries: Sequence[SetEntry], *, with_train: bool = False) -> list[Opened]:
+    """Read everything of the sets but the pictures.
+
+    Args:
+        with_train: read the training parts too.
 
     Raises:
-        UserError: no such directory, a file that is missing or empty, a template without a place for the class, or a
-            label that is no line of the class names.
+        UserError: something in them is wrong, or two have one name.
     """
-    root = Path(directory)
-    if not root.is_dir():
-        raise UserError(f"evaluation.datasets: {directory} is not a directory")
-    class_names = read_lines(root / "classnames.txt")
-    templates = read_lines(root / "zeroshot_classification_templates.txt")
-    for number, template in enumerate(templates, 1):
-        if "{c}" not in template and "{}" not in template:
-            file = root / "zeroshot_classification_templates.txt"
-            raise UserError(f"{file}, line {number}: {template!r} has neither {{c}} nor {{}}")
-    shards_file = root / "test/nshards.txt"
-    (num_shards,) = read_lines(shards_file)[:1]
-    if not num_shards.isdecimal():
-        raise UserError(f"{shards_file}: expected a number, found {num_shards!r}")
-    store = ShardStore(FORMAT, max_member_bytes=MAX_MEMBER_BYTES)
-    samples = tuple(
-        (shard, index, read_label(store, shard, index, len(class_names)))
-        for shard in open_shards(store, root / "test", int(num_shards))
-        for index in range(len(store.index(shard)))
-    )
-    if not samples:
-        raise UserError(f"{root / 'test'}: {num_shards} shards without a single pair of picture and .cls")
-    name = root.name.removeprefix("wds_").removesuffix("_test")
-    return ClassificationSet(name, tuple(class_names), tuple(templates), samples)
+    opened = [one for entry in entries for one in open_set(entry, with_train=with_train)]
+    names = [one.dataset.name for one in opened]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"datasets: {names.count(name)} sets are called {name!r}: give one another name")
+    return opened
 
 
-def open_shards(store: ShardStore, directory: Path, num_shards: int) -> list[Shard]:
-    """Index the shards of a set.
+def open_set(entry: SetEntry, *, with_train: bool = False) -> list[Opened]:
+    """Read what an entry names: one set, or of a directory of SugarCrepe one for each file.
 
     Raises:
-        UserError: one is missing or damaged: a set to judge by must be complete.
+        UserError: nothing is there, or something in it is wrong.
     """
-    shards = []
-    for number in range(num_shards):
-        path = directory / f"{number}.tar"
-        try:
-            shard = local_shard(str(path))
-        except OSError as error:
-            raise UserError(f"cannot read the shard {path}: {error.strerror}") from error
-        if damage := store.index(shard).damage:
-            raise UserError(f"cannot read the shard {path}: it {damage}")
-        shards.append(shard)
-    return shards
+    path = Path(entry.path)
+    if not path.exists():
+        raise UserError(f"datasets={entry.path}: there is no such file or directory")
+    layout = entry.layout or find_layout(path)
+    whole_name = path.resolve().stem if path.is_file() else path.resolve().name
+    name = entry.name or (wds.set_name(path) if layout == "wds" else whole_name)
+    common = {"name": name, "language": entry.language}
+    if layout == "sugarcrepe":
+        sets = choices.read_sugarcrepe(path, Path(entry.images) if entry.images else None, **common)
+        return [Opened(dataset) for dataset in sets]
+    if layout == "winoground":
+        return [Opened(choices.read_winoground(path, **common))]
+    if layout == "wds":
+        if wds.read_type(path) == "retrieval":
+            return [Opened(wds.read_retrieval(path, entry.split, **common))]
+        return [open_wds(path, entry, name, with_train=with_train)]
+    if layout == "folder":
+        return [open_folder(path, entry, name, with_train=with_train)]
+    return [open_table(path, entry, name, with_train=with_train)]
 
 
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file.
+def find_layout(path: Path) -> Layout:
+    """Tell the layout of what is at a path.
 
     Raises:
-        UserError: the file is missing or has no lines.
+        UserError: nothing that is known.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing; a classification set needs it")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    if not lines:
-        raise UserError(f"{path} is empty")
-    return lines
+    if path.is_file() and path.suffix.lower() in tables.TABLES:
+        return "table"
+    if (path / choices.EXAMPLES).is_file():
+        return "winoground"
+    if path.is_dir() and wds.is_wds(path):
+        return "wds"
+    if choices.is_sugarcrepe(path):
+        return "sugarcrepe"
+    if path.is_dir():
+        return "folder"
+    known = ", ".join(typing.get_args(Layout))
+    raise UserError(f"datasets={path}: cannot tell its layout; layout is one of {known}")
 
 
-def read_label(store: ShardStore, shard: Shard, index: int, num_classes: int) -> int:
-    """Read the label of a picture.
-
-    Raises:
-        UserError: not a number from 0 to the last class.
-    """
-    text = store.read(shard, index, only=("cls",))["cls"].decode("ascii", "replace").strip()
-    if not text.isdecimal() or int(text) >= num_classes:
-        raise UserError(
-            f"{shard.path}, {store.key(shard, index)}.cls: label {text!r}, "
-            f"but classnames.txt has {num_classes} lines, from 0"
+def open_wds(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
+    """Read a classification set in CLIP_benchmark's layout; the entry's names and templates win over its own."""
+    given: list[Any] = []
+    for file, own in ((path / wds.CLASS_NAMES, entry.class_names), (path / wds.TEMPLATES, entry.templates)):
+        if own is None and not file.is_file():
+            raise UserError(f"{file} is missing; a classification set needs it")
+        given.append(str(file) if own is None else own)
+    names, names_at = read_names(given[0], f"{name}.class_names")
+    class_names, prompts = name_classes(names, names_at, given[1], name)
+    with_train = with_train and wds.read_type(path) != "multilabel"  # which no probe learns from
+    splits = [(entry.split, entry.group_key), (entry.train or "train", None)]
+    parts = [
+        wds.read_classification(
+            path, split, class_names, prompts, name=name, group_key=group_key, language=entry.language
         )
-    return int(text)
+        for split, group_key in (splits if with_train else splits[:1])
+    ]
+    return Opened(*parts)
 
 
-class LabelledPictures(Dataset):
-    """Some of the pictures of a set with their labels."""
+def name_classes(names: Names, names_at: str, templates: Any, name: str) -> tuple[tuple[str, ...], Prompts]:
+    """Read templates and put names into them."""
+    known, templates_at = read_templates(templates, f"{name}.templates")
+    return make_prompts(names, known, names_at, templates_at)
 
-    def __init__(self, dataset: ClassificationSet, chosen: range, transform: EvaluationTransform) -> None:
-        self.dataset = dataset
-        self.chosen = chosen
-        self.transform = transform
-        self.store = ShardStore(FORMAT, max_member_bytes=MAX_MEMBER_BYTES)
 
-    def __len__(self) -> int:
-        return len(self.chosen)
+def open_folder(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
+    """Read a folder for each class; a training part must have the same classes."""
+    found = folders.list_pictures(path)
+    given: Any = entry.class_names
+    at = f"{name}.class_names"
+    if isinstance(given, str) and given.endswith(".json"):  # a list or a mapping
+        given, at = read_file(Path(given), at), given
+    if given is not None and not isinstance(given, Mapping):
+        given, at = read_names(given, at)
+    chosen = folders.name_folders(list(found), given, at)
+    has_synsets = all(isinstance(one, int) for one in chosen)
+    if has_synsets:  # numbers in ImageNet's list
+        all_names = read_names("imagenet", at)[0] if given is None else given
+        chosen = [all_names[number] for number in chosen]
+    templates = ("imagenet" if has_synsets else list(PLAIN)) if entry.templates is None else entry.templates
+    class_names, prompts = name_classes(chosen, at, templates, name)
+    numbers = {folder: number for number, folder in enumerate(found)}
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int] | UserError:
-        shard, index, label = self.dataset.samples[self.chosen[item]]
-        try:
-            (data,) = self.store.read(shard, index, only=FORMAT.image_extensions).values()
-            return self.transform(data), label
-        except Fault as fault:
-            return UserError(f"{shard.path}, {self.store.key(shard, index)}: {fault.cause}: {fault.detail}")
+    def make(pictures: Mapping[str, list]) -> ClassificationSet:
+        for folder in pictures:
+            folders.take(numbers, folder, folder, str(path))
+        labels = np.array([numbers[folder] for folder, places in pictures.items() for _ in places], dtype=np.int64)
+        places = tuple(place for places in pictures.values() for place in places)
+        return ClassificationSet(name, Pictures(places), labels, class_names, prompts, None, entry.language)
+
+    train = make(folders.list_pictures(Path(need_train(entry, name)))) if with_train else None
+    return Opened(make(found), train)
+
+
+def need_train(entry: SetEntry, name: str) -> str:
+    """Return the path of the training part.
+
+    Raises:
+        UserError: the entry has none.
+    """
+    if entry.train is None:
+        raise UserError(f"{name}: probes learn from a training part: the key train must say where it is")
+    return entry.train
+
+
+def open_table(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
+    """Read a table: one with labels is for classification, one with captions for retrieval."""
+    rows = tables.read_table(path)
+    image = tables.choose_column(rows, entry.image_key, tables.IMAGE_KEYS, "image_key", path)
+    is_said = bool(entry.label_key or entry.caption_key)  # then no other column counts
+    label_keys, caption_keys = ((), ()) if is_said else (tables.LABEL_KEYS, tables.CAPTION_KEYS)
+    label = tables.choose_column(rows, entry.label_key, label_keys, "label_key", path)
+    caption = tables.choose_column(rows, entry.caption_key, caption_keys, "caption_key", path)
+    if image is None or (label is None) == (caption is None):
+        raise UserError(
+            f"{path} has the columns {', '.join(rows[0])}: image_key must say which has the pictures' paths, and "
+            "label_key their classes or caption_key their captions"
+        )
+    folder = Path(entry.images) if entry.images else path.parent
+    places = tables.table_places(rows, image, folder, path)
+    if caption is not None:
+        return Opened(tables.pair_rows(name, places, [row.get(caption) for row in rows], entry.language, path))
+    assert label is not None
+    return open_labels(path, entry, name, rows, places, label, with_train=with_train)
+
+
+def open_labels(
+    path: Path,
+    entry: SetEntry,
+    name: str,
+    rows: Sequence[tables.Row],
+    places: Sequence[Place],
+    label: str,
+    *,
+    with_train: bool,
+) -> Opened:
+    """Read the labels of a table; its training part must have the same classes."""
+    given, names_at = None, str(path)
+    if entry.class_names is not None:
+        given, names_at = read_names(entry.class_names, f"{name}.class_names")
+    plain_names = None if given is None else [one if isinstance(one, str) else one[0] for one in given]
+    names, labels = tables.number_labels([row.get(label) for row in rows], plain_names, path)
+    templates = list(PLAIN) if entry.templates is None else entry.templates
+    class_names, prompts = name_classes(given or names, names_at, templates, name)
+    groups = tables.read_groups(rows, entry.group_key, path) if entry.group_key else None
+    dataset = ClassificationSet(name, Pictures(tuple(places)), labels, class_names, prompts, groups, entry.language)
+    if not with_train:
+        return Opened(dataset)
+    changes: dict[str, Any] = {"layout": "table", "class_names": names, "label_key": label, "group_key": None}
+    (opened,) = open_set(replace(entry, path=need_train(entry, name), **changes))
+    assert isinstance(opened.dataset, ClassificationSet)
+    return Opened(dataset, opened.dataset)

@@ -1,47 +1,309 @@
-"""Results in a file (DataComp's `results.jsonl`) and on the screen."""
+"""Results: rows of `results.jsonl` (DataComp's fields), tables on the screen, CLIP_benchmark's JSON, details."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from clipmini.checkpoint import write_atomically
+import numpy as np
+
 from clipmini.console import log_table
-from clipmini.evaluation.datasets import ClassificationSet
+from clipmini.errors import UserError, did_you_mean
+from clipmini.evaluation.metrics import RECALL_AT, estimate
+from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
+from clipmini.evaluation.tasks import Finding, Protocol
+from clipmini.files import write_atomically
 
-Result = tuple[ClassificationSet, Mapping[str, float]]
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+# Titles of tables by task, and headings of metrics; those that are shares are written in per cent.
+TITLES = {
+    "zeroshot_classification": "Zero-shot classification",
+    "zeroshot_retrieval": "Zero-shot retrieval",
+    "image_caption_selection": "Choice between captions",
+    "knn": "Nearest neighbours",
+    "linear_probe": "Linear probe",
+}
+HEADINGS = {
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "mean_per_class_recall": "mean recall",
+    "acc1_worst_group": "top-1 of the worst group",
+    "acc1_gap": "best group less worst",
+    "mean_average_precision": "mean average precision",
+    **{f"image_retrieval_recall@{k}": f"text to image R@{k}" for k in RECALL_AT},
+    "image_retrieval_median_rank": "text to image, median rank",
+    **{f"text_retrieval_recall@{k}": f"image to text R@{k}" for k in RECALL_AT},
+    "text_retrieval_median_rank": "image to text, median rank",
+    "mean_recall@1": "mean R@1",
+    "text_acc": "caption for the picture",
+    "image_acc": "picture for the caption",
+    "acc": "both",
+}
+MIN_PICTURES = 5  # of a class, on average, where the worst ones are named: else they are the unlucky ones
 
 
-def write_results(path: Path, results: Sequence[Result], step: int) -> None:
-    """Write one line for each data set, in DataComp's fields: key, dataset, metrics with main_metric."""
-    lines = [
-        json.dumps(
+def make_row(dataset: EvaluationSet, finding: Finding, protocol: Protocol, about: Mapping[str, Any]) -> Row:
+    """Return what is written of a finding.
+
+    Args:
+        about: what else is known: the model, its step, hashes of weights and protocol.
+    """
+    estimates = estimate(finding.outcome, resamples=protocol.resamples, seed=protocol.seed)
+    metrics = {name: number(found.value) for name, found in estimates.items()}
+    if "acc1" in metrics:
+        metrics.setdefault("acc5", None)  # as DataComp has it for fewer than 5 classes
+    classes = {"classes": len(dataset.class_names)} if isinstance(dataset, ClassificationSet) else {}
+    is_main = finding.task not in ("knn", "linear_probe")
+    return {
+        "key": dataset.name if is_main else f"{dataset.name}/{finding.task}",
+        "dataset": dataset.name,
+        "task": finding.task,
+        "metrics": {**metrics, "main_metric": metrics[finding.outcome.main]},
+        "main_metric": finding.outcome.main,
+        "chance": {name: number(found.chance) for name, found in estimates.items()},
+        "interval": {name: [number(found.low), number(found.high)] for name, found in estimates.items()},
+        **classes,
+        "images": finding.outcome.count,
+        "unreadable": len(finding.unreadable),
+        "language": dataset.language,
+        "shuffled": protocol.shuffled,
+        **finding.outcome.facts,
+        **finding.facts,
+        **about,
+    }
+
+
+def number(value: float) -> float | None:
+    """Return a number as JSON can hold it: null for none."""
+    return value if math.isfinite(value) else None
+
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what makes a result the same one: doing it again would give the same numbers."""
+    return tuple(row.get(name) for name in ("key", "weights", "protocol", "shuffled"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a file of results, none if it is not there.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number_of_line, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "key" not in row:
+            raise UserError(f"{path}, line {number_of_line}: is no result; output must be a file of results, or new")
+        rows.append(row)
+    return rows
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Write a row, in place of the same result if that is there; the file is complete at any time."""
+    rows = [old for old in read_rows(path) if identity(old) != identity(row)] + [row]
+    write_atomically(path, "".join(f"{json.dumps(one)}\n" for one in rows).encode())
+
+
+def keep_rows(path: Path, is_kept: Callable[[Row], bool]) -> None:
+    """Rewrite a file of results with some of its rows."""
+    rows = read_rows(path)
+    kept = [row for row in rows if is_kept(row)]
+    if len(kept) < len(rows):
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+
+
+# One metric of many
+
+
+def find_metric(rows: Sequence[Row], name: str, *, must_exist: bool = True) -> float | None:
+    """Return the value of KEY/METRIC, such as imagenet1k/acc1 or imagenet1k/knn/acc1.
+
+    Raises:
+        UserError: no row has it, and one must.
+    """
+    key, _, metric = name.rpartition("/")
+    for row in rows:
+        if row["key"] == key and metric in row["metrics"]:
+            return row["metrics"][metric]
+    if not must_exist:
+        return None
+    known = [f"{row['key']}/{metric}" for row in rows for metric in row["metrics"]]
+    raise UserError(f"best_metric={name}: no such metric{did_you_mean(name, known)}; there are {', '.join(known)}")
+
+
+def is_best(value: float, others: Sequence[float], name: str) -> bool:
+    """Say whether a value is better than all others; losses and ranks are better when they are lower."""
+    if math.isnan(value):
+        return False
+    is_lower_better = name.endswith(("loss", "median_rank"))
+    return all(value < other if is_lower_better else value > other for other in others)
+
+
+# On the screen
+
+
+def log_short(rows: Sequence[Row], step: int | None) -> None:
+    """Print a line for each result."""
+    for row in rows:
+        value = row["metrics"]["main_metric"]
+        if value is not None:
+            log.info("step %s: %s %s %.2f%%", step, row["key"], row["main_metric"], 100 * value)
+
+
+def log_results(rows: Sequence[Row]) -> None:
+    """Print a table for each task: metrics with their intervals, and what chance gives."""
+    for task, title in TITLES.items():
+        of_task = [row for row in rows if row["task"] == task]
+        if of_task:
+            table = [line for row in of_task for line in table_lines(row)]
+            control = " - control: what belongs together is mixed up" if any(row["shuffled"] for row in of_task) else ""
+            log_table(f"{title}{control}", ("data set", "metric", "", "95 % interval", "chance", "of"), table)
+            for row in of_task:
+                log_remarks(row)
+
+
+def table_lines(row: Row) -> list[list[str]]:
+    """Return a line for each metric of a row."""
+    size = f"{row['images']:,} pictures"
+    sizes = [size, f"{row['classes']:,} classes"] if "classes" in row else [size]
+    names = [name for name in HEADINGS if row["metrics"].get(name) is not None]
+    lines = []
+    for number, name in enumerate(names):
+        value, chance = row["metrics"][name], row["chance"][name]
+        low, high = row["interval"][name]
+        write = (lambda value: f"{value:.0f}") if name.endswith("median_rank") else percent
+        interval = "-" if low is None or high is None else f"{write(low)} - {write(high)}"
+        first = row["dataset"] if number == 0 else ""
+        size = sizes[number] if number < len(sizes) else ""
+        lines.append([first, HEADINGS[name], write(value), interval, "-" if chance is None else write(chance), size])
+    return lines
+
+
+def percent(share: float) -> str:
+    """Write a share with as many digits as a small one needs."""
+    return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
+
+
+def log_remarks(row: Row) -> None:
+    """Say what a table has no column for."""
+    remarks = [f"weights {row['weights']}, protocol {row['protocol']}"]
+    if row["unreadable"]:
+        remarks.append(f"{row['unreadable']} unreadable pictures left out")
+    if "worst_group" in row:
+        remarks.append(f"worst group {row['worst_group']}")
+    if "image_retrieval_tied" in row:
+        ties = f"{percent(row['image_retrieval_tied'])} of captions, {percent(row['text_retrieval_tied'])} of pictures"
+        remarks.append(f"ties, counted as misses: {ties}")
+    if row["images"] >= MIN_PICTURES * row.get("classes", math.inf):
+        remarks += [f"worst classes: {', '.join(row['worst_classes'])}"] if row.get("worst_classes") else []
+        remarks += [f"most confused: {', '.join(row['confusions'])}"] if row.get("confusions") else []
+    log.info("%s: %s", row["key"], "; ".join(remarks))
+
+
+# By class
+
+
+def class_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
+    """Return a row for each class that has pictures: how many, their recall, and what they are taken for most often."""
+    assert finding.labels is not None and finding.predictions is not None
+    table = []
+    for label in np.unique(finding.labels):
+        predictions = finding.predictions[finding.labels == label]
+        taken_for = Counter(predictions[predictions != label].tolist())
+        other, times = taken_for.most_common(1)[0] if taken_for else (None, 0)
+        hits = np.asarray(finding.outcome.units["rank"])[finding.labels == label] == 1
+        table.append(
             {
-                "key": dataset.name,
-                "dataset": dataset.name,
-                "metrics": {**metrics, "main_metric": metrics["acc1"]},
-                "classes": len(dataset.class_names),
-                "images": len(dataset.samples),
-                "step": step,
+                "class": dataset.class_names[label],
+                "pictures": len(predictions),
+                "recall": float(hits.mean()),
+                "taken_for": "" if other is None else dataset.class_names[other],
+                "times": times,
             }
         )
-        for dataset, metrics in results
-    ]
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    return table
 
 
-def log_results(results: Sequence[Result]) -> None:
-    """Print the table at the end of a run."""
-    rows = [
-        [
-            dataset.name,
-            str(len(dataset.class_names)),
-            str(len(dataset.samples)),
-            f"{metrics['acc1']:.1%}",
-            f"{metrics['chance1']:.2%}",
-            f"{metrics['acc5']:.1%}",
-            f"{metrics['chance5']:.2%}",
-        ]
-        for dataset, metrics in results
+def class_facts(dataset: ClassificationSet, finding: Finding, shown: int = 5) -> dict[str, Any]:
+    """Return the worst classes and the most frequent confusions, in words."""
+    table = class_table(dataset, finding)
+    worst = sorted(table, key=lambda row: (row["recall"], -row["pictures"], row["class"]))[:shown]
+    confused = sorted(table, key=lambda row: (-row["times"], row["class"]))[:shown]
+    return {
+        "worst_classes": [f"{row['class']} {row['recall']:.0%} of {row['pictures']}" for row in worst],
+        "confusions": [f"{row['class']} as {row['taken_for']} {row['times']}x" for row in confused if row["times"]],
+        "absent_classes": len(dataset.class_names) - len(table),
+    }
+
+
+def confusion_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
+    """Return how often each class was taken for each other one, for the pairs that occur."""
+    assert finding.labels is not None and finding.predictions is not None
+    pairs = Counter(zip(finding.labels.tolist(), finding.predictions.tolist(), strict=True))
+    return [
+        {"class": dataset.class_names[label], "prediction": dataset.class_names[prediction], "pictures": count}
+        for (label, prediction), count in sorted(pairs.items())
     ]
-    columns = ("data set", "classes", "pictures", "top-1", "chance", "top-5", "chance")
-    log_table("Zero-shot classification", columns, rows)
+
+
+# Files
+
+
+def write_details(directory: Path, dataset: EvaluationSet, finding: Finding, file_format: str) -> None:
+    """Write what was found of each picture and, of a classification, each class and each confusion."""
+    stem = f"{dataset.name}-{finding.task}".replace("/", "-")
+    units = finding.outcome.units
+    if units:
+        rows = [dict(zip(units, values, strict=True)) for values in zip(*units.values(), strict=True)]
+        write_table(directory / f"{stem}-predictions.{file_format}", rows)
+    if isinstance(dataset, ClassificationSet) and finding.predictions is not None:
+        write_table(directory / f"{stem}-classes.{file_format}", class_table(dataset, finding))
+        write_table(directory / f"{stem}-confusion.{file_format}", confusion_table(dataset, finding))
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as .csv or .parquet.
+
+    Raises:
+        UserError: pyarrow is not installed.
+    """
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        return
+    try:
+        import pyarrow
+        from pyarrow.parquet import write_table as write
+    except ImportError as error:
+        raise UserError(f"{path}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
+    write_atomically(path, lambda file: write(pyarrow.Table.from_pylist(list(rows)), file))
+
+
+def write_clip_benchmark(directory: Path, row: Row, model: str, pretrained: str) -> None:
+    """Write a row as CLIP_benchmark does, so that `clip_benchmark build` reads it."""
+    content = {
+        "dataset": row["dataset"],
+        "model": model,
+        "pretrained": pretrained,
+        "task": row["task"],
+        "metrics": {name: value for name, value in row["metrics"].items() if name != "main_metric"},
+        "language": row["language"],
+    }
+    name = f"{row['key']}-{row['task']}-{row['language']}".replace("/", "-")
+    write_atomically(directory / f"{name}.json", json.dumps(content).encode())

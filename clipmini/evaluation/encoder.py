@@ -1,0 +1,208 @@
+"""Pictures and sentences to unit vectors: each process encodes its share, and all get all of them.
+
+Batches are the same ones whatever the number of processes and workers (batch k is of process k modulo their number), so
+that features are too, bit by bit, and nothing is padded or seen twice.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipmini import distributed
+from clipmini.data.decode import EvaluationTransform
+from clipmini.data.health import Fault
+from clipmini.data.tokenizer import Tokenize, trim
+from clipmini.errors import UserError
+from clipmini.evaluation.cache import FeatureCache
+from clipmini.evaluation.prompts import Prompts
+from clipmini.model import Model, encode_image, encode_text, padding
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_UNREADABLE = 0.01  # of the pictures of a set
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """The features of the pictures that could be read.
+
+    Attributes:
+        features: fp32 [n, D], on the device.
+        kept: int64 [n], their numbers in the set, ascending.
+        unreadable: key and cause of the others.
+    """
+
+    features: Tensor
+    kept: Tensor
+    unreadable: tuple[str, ...]
+
+
+class AnyPictures(Protocol):
+    """What is asked of pictures, wherever they are."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def read(self, index: int) -> bytes: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class PictureDataset(Dataset):
+    """Decodes batches of pictures: (numbers, uint8 [b, 3, S, S], what is wrong with the others)."""
+
+    def __init__(self, pictures: AnyPictures, transform: EvaluationTransform) -> None:
+        self.pictures = pictures
+        self.transform = transform
+
+    def __getitem__(self, numbers: Sequence[int]) -> tuple[list[int], Tensor, list[str]]:
+        kept, images, bad = [], [], []
+        for number in numbers:
+            try:
+                images.append(self.transform(self.pictures.read(number)))
+                kept.append(number)
+            except Fault as fault:
+                bad.append(f"{self.pictures.key(number)}: {fault.cause}: {fault.detail}")
+        size = self.transform.size
+        return kept, torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8), bad
+
+
+@dataclass
+class Encoder:
+    """Encodes with a model.
+
+    Attributes:
+        batch_size: pictures, and sentences, at a time.
+        num_workers: processes that decode; 0 decodes in this one.
+        precision: fp32, bf16 or fp16; features are normalised and kept in fp32 anyway.
+        cache: where features are kept, or None.
+        sentences: how many have been encoded, by all processes.
+    """
+
+    model: Model
+    tokenize: Tokenize
+    transform: EvaluationTransform
+    batch_size: int
+    num_workers: int
+    device: torch.device
+    precision: str = "fp32"
+    cache: FeatureCache | None = None
+    sentences: int = field(default=0, init=False)
+
+    def shares(self, count: int) -> list[range]:
+        """Return the batches of this process."""
+        starts = range(0, count, self.batch_size)[distributed.rank() :: distributed.world_size()]
+        return [range(start, min(start + self.batch_size, count)) for start in starts]
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put the model into the mode for evaluation, and afterwards every part of it back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        dtype = PRECISIONS[self.precision]
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32"):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def pictures(self, pictures: AnyPictures, *, before_projection: bool = False) -> EncodedPictures:
+        """Encode pictures.
+
+        Args:
+            before_projection: return what the image tower has before its last projection, not normalised.
+
+        Raises:
+            UserError: more than 1 % of them cannot be read.
+        """
+        if self.cache is None:
+            return self.encode_pictures(pictures, before_projection)
+        content = (pictures.fingerprint(), repr(self.transform), before_projection, self.precision, "image")
+        stored = self.cache.load(self.model, "image", content)
+        if stored is None:
+            encoded = self.encode_pictures(pictures, before_projection)
+            tensors = {"features": encoded.features, "kept": encoded.kept}
+            self.cache.save(self.model, "image", content, tensors, encoded.unreadable)
+            return encoded
+        tensors, unreadable = stored
+        return EncodedPictures(tensors["features"].to(self.device), tensors["kept"], unreadable)
+
+    def encode_pictures(self, pictures: AnyPictures, before_projection: bool) -> EncodedPictures:
+        loader = DataLoader(
+            PictureDataset(pictures, self.transform),
+            sampler=self.shares(len(pictures)),  # whole batches
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own: a training run's random numbers stay what they are
+        )
+        features: list[Tensor] = []
+        kept: list[int] = []
+        unreadable: list[str] = []
+        with self.ready():
+            for numbers, images, bad in loader:
+                if numbers:
+                    images = images.to(self.device, non_blocking=True)
+                    features.append(encode_image(self.model, images, before_projection=before_projection).float())
+                kept += numbers
+                unreadable += bad
+        return self.collect(len(pictures), features, kept, unreadable)
+
+    def collect(self, count: int, features: list[Tensor], kept: list[int], unreadable: list[str]) -> EncodedPictures:
+        """Put together what all processes have encoded, in the order of the set."""
+        shares = distributed.all_gather_objects((kept, unreadable, features[0].shape[1] if features else 0))
+        bad = tuple(sorted(text for _, texts, _ in shares for text in texts))
+        if len(bad) > MAX_UNREADABLE * count:
+            raise UserError(
+                f"{len(bad)} of {count} pictures cannot be read, more than {MAX_UNREADABLE:.0%}, "
+                f"so nothing can be said of the model: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
+            )
+        width = max(width for *_, width in shares)
+        mine = torch.cat(features) if features else torch.empty(0, width, device=self.device)
+        gathered = distributed.all_gather_uneven(mine)
+        numbers = torch.tensor([number for numbers, *_ in shares for number in numbers])
+        numbers, order = numbers.sort()
+        return EncodedPictures(gathered[order.to(self.device)], numbers, bad)
+
+    def texts(self, sentences: Sequence[str]) -> Tensor:
+        """Encode sentences, each different one once: fp32 unit vectors [T, D]."""
+        different = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
+        # Of like lengths together: what is padding to all of a batch is not computed. Characters tell enough.
+        ordered = sorted(different, key=lambda sentence: (len(sentence), sentence))
+        parts = []
+        with self.ready():
+            for share in self.shares(len(ordered)):
+                batch = [ordered[number] for number in share]
+                text = trim(self.tokenize(batch), padding(self.model)).to(self.device)
+                parts.append(encode_text(self.model, text).float())
+        self.sentences += len(ordered)
+        width = distributed.all_gather_objects(parts[0].shape[1] if parts else 0)
+        mine = torch.cat(parts) if parts else torch.empty(0, max(width), device=self.device)
+        numbers = distributed.all_gather_objects([number for share in self.shares(len(ordered)) for number in share])
+        gathered = distributed.all_gather_uneven(mine)
+        rows = torch.empty(len(ordered), dtype=torch.long)
+        rows[[different[ordered[number]] for of_rank in numbers for number in of_rank]] = torch.arange(len(ordered))
+        return gathered[rows[[different[sentence] for sentence in sentences]].to(self.device)]
+
+    def classifier(self, prompts: Prompts) -> Tensor:
+        """Return a unit vector for each class, the mean of those of its sentences: fp32 [C, D].
+
+        The protocol of CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4), as open_clip and CLIP_benchmark run it.
+        """
+        content = (prompts, self.precision, "text")
+        stored = self.cache.load(self.model, "text", content) if self.cache else None
+        if stored is not None:
+            return stored[0]["classifier"].to(self.device)
+        features = self.texts([sentence for of_class in prompts for sentence in of_class])
+        parts: Any = features.split([len(of_class) for of_class in prompts])
+        classifier = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=-1)
+        if self.cache:
+            self.cache.save(self.model, "text", content, {"classifier": classifier})
+        return classifier

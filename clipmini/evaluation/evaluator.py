@@ -1,0 +1,109 @@
+"""Sets and a model to rows of results, for the command, for what watches a run, and for training itself."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from clipmini import distributed
+from clipmini.data.decode import EvaluationTransform
+from clipmini.data.tokenizer import Tokenize
+from clipmini.errors import UserError
+from clipmini.evaluation.cache import FeatureCache, hash_weights
+from clipmini.evaluation.datasets import Opened
+from clipmini.evaluation.encoder import PRECISIONS, Encoder
+from clipmini.evaluation.results import Row, class_facts, identity, make_row
+from clipmini.evaluation.sets import ClassificationSet, hash_content
+from clipmini.evaluation.tasks import Finding, Protocol, check_probes, measure
+from clipmini.model import Model, image_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of results, and what it was made of unless it was known before."""
+
+    opened: Opened
+    row: Row
+    finding: Finding | None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges models by sets.
+
+    Attributes:
+        opened: the sets.
+        protocol: how they are measured.
+        batch_size: pictures, and sentences, at a time on each device.
+        num_workers: processes of each rank that decode pictures.
+        precision: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+
+    opened: Sequence[Opened]
+    protocol: Protocol
+    batch_size: int
+    num_workers: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        check_probes(self.protocol)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}: must be 1 or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision={self.precision}: is one of {', '.join(PRECISIONS)}")
+
+    def encoder(
+        self, model: Model, tokenize: Tokenize, device: torch.device, cache: FeatureCache | None = None
+    ) -> Encoder:
+        """Make what encodes with a model, which must be on the device."""
+        preprocess = model.visual.preprocess_cfg
+        size = image_size(model)
+        transform = EvaluationTransform(size, preprocess["resize_mode"], preprocess["interpolation"])
+        return Encoder(model, tokenize, transform, self.batch_size, self.num_workers, device, self.precision, cache)
+
+    def run(self, encoder: Encoder, known: Sequence[Row], about: Mapping[str, Any]) -> Iterator[Result]:
+        """Yield the results on each set as they are found, the same on every process.
+
+        Args:
+            known: rows of earlier results; those that would come out again are yielded without doing so.
+            about: what else rows shall say.
+        """
+        weights = hash_weights(encoder.model)
+        rows = {identity(row): row for row in distributed.all_gather_objects(list(known))[0]}
+        for opened in self.opened:
+            protocol = self.hash_protocol(opened, encoder)
+            said = {"weights": weights, "protocol": protocol, "shuffled": self.protocol.shuffled}
+            keys = [opened.dataset.name, *(f"{opened.dataset.name}/{name}" for name in self.probes(opened))]
+            done = [rows.get(identity({"key": key, **said})) for key in keys]
+            if all(done):
+                yield from (Result(opened, row, None) for row in done if row)
+                continue
+            for finding in measure(opened, encoder, self.protocol):
+                row = make_row(opened.dataset, finding, self.protocol, {**about, **said})
+                if finding.predictions is not None and isinstance(opened.dataset, ClassificationSet):
+                    row |= class_facts(opened.dataset, finding)
+                yield Result(opened, row, finding)
+
+    def probes(self, opened: Opened) -> Sequence[str]:
+        """Return the probes that a set takes."""
+        dataset = opened.dataset
+        takes = isinstance(dataset, ClassificationSet) and not dataset.is_multilabel
+        return self.protocol.probes if takes else ()
+
+    def hash_protocol(self, opened: Opened, encoder: Encoder) -> str:
+        """Hash all that decides a number beside the weights: the set, how it is measured, how pictures are prepared."""
+        parts = [opened.dataset, *([opened.train] if opened.train else [])]
+        return hash_content(
+            [part.content() for part in parts],
+            [[place.key, place.size] for part in parts for place in part.pictures.places],
+            asdict(self.protocol),
+            [self.precision, repr(encoder.transform), encoder.model.visual.preprocess_cfg],
+            encoder.model.architecture,
+        )

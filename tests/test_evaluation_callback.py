@@ -1,0 +1,201 @@
+"""Evaluation while training: changes nothing of the run, survives a resume, keeps the best."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUICK, in_processes, make_cache, make_data, make_objective, read_sample, write_tar
+from omegaconf import DictConfig
+from test_model import make_model
+from test_zero_shot import make_encoder
+
+from clipmini import train
+from clipmini.checkpoint import list_checkpoints, load_checkpoint
+from clipmini.data.captions import caption_ids
+from clipmini.errors import UserError
+from clipmini.evaluation.validation import read_held_out, validate
+
+Compose = Callable[..., DictConfig]
+
+
+def run(compose: Compose, tiny_json: Path, shards: Path, directory: Path, *overrides: str) -> Path:
+    common = (f"model.name={tiny_json}", f"data.train={shards}", f"paths.run={directory}", "data.shuffle_streams=3")
+    train.train(compose(*QUICK, *common, *overrides))
+    return directory
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(directory: Path, *names: str) -> list[tuple[str, ...]]:
+    with open(directory / "metrics.csv", newline="") as file:
+        return [tuple(row.get(name, "") for name in ("step", *names)) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs."""
+    samples = read_sample("train/fluent-00000.tar", 40)
+    return write_tar(tmp_path_factory.mktemp("held_out") / "val.tar", samples)
+
+
+def test_evaluating_changes_nothing_of_the_run(
+    compose: Compose, tiny_json: Path, shards: Path, classification_set: Path, held_out: Path, tmp_path: Path
+) -> None:
+    patch_dropout = "model.patch_dropout=0.5"  # draws random numbers in the step
+    plain = run(compose, tiny_json, shards, tmp_path / "plain", patch_dropout)
+    evaluated = run(
+        compose,
+        tiny_json,
+        shards,
+        tmp_path / "evaluated",
+        patch_dropout,
+        f"evaluation.datasets=[{classification_set}]",
+        f"data.val={held_out}",
+        "evaluation.every_n_steps=1",
+        "evaluation.bootstrap_resamples=10",
+        "data.num_workers=1",
+    )
+    first, second = (load_checkpoint(list_checkpoints(path / "checkpoints")[-1]) for path in (plain, evaluated))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert metrics(plain, "train/loss", "train/grad_norm") == metrics(evaluated, "train/loss", "train/grad_norm")
+    found = rows(evaluated / "results.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4] and len({row["weights"] for row in found}) == 4
+    name = found[0]["key"]
+    logged = metrics(evaluated, "val/loss", f"evaluation/{name}/acc1")
+    assert [step for step, loss, acc1 in logged if loss and acc1] == ["1", "2", "3", "4"]
+    assert [float(acc1) for _, _, acc1 in logged] == [row["metrics"]["acc1"] for row in found]
+
+
+def test_the_best_checkpoint_is_kept_over_a_resume(
+    compose: Compose, tiny_json: Path, shards: Path, held_out: Path, tmp_path: Path
+) -> None:
+    overrides = (
+        f"data.val={held_out}",
+        "evaluation.every_n_steps=1",
+        "evaluation.best_metric=val/loss",
+        "optimizer.lr=0.05",
+        "schedule=constant",
+        "steps=6",
+    )
+    directory = run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    losses = {int(step): float(loss) for step, loss in metrics(directory, "val/loss")}
+    best = min(losses, key=losses.__getitem__)
+    assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
+    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [
+        "step-00000004.ckpt",
+        "step-00000006.ckpt",
+    ]
+
+    # From step 4 on again: the same best one, and every step is in the files once.
+    (directory / "checkpoints/step-00000006.ckpt").unlink()
+    (directory / "checkpoints/best.ckpt").unlink()
+    run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    assert {int(step): float(loss) for step, loss in metrics(directory, "val/loss")} == losses
+    if best > 4:
+        assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
+    else:
+        assert not (directory / "checkpoints/best.ckpt").exists()
+
+
+def test_results_of_steps_that_are_done_again_are_replaced(
+    compose: Compose, tiny_json: Path, shards: Path, classification_set: Path, tmp_path: Path
+) -> None:
+    overrides = (f"evaluation.datasets=[{classification_set}]", "evaluation.every_n_steps=1")
+    directory = run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    expected = rows(directory / "results.jsonl")
+    (directory / "checkpoints/step-00000004.ckpt").unlink()
+    run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    assert rows(directory / "results.jsonl") == expected
+    run(compose, tiny_json, shards, tmp_path / "run", *overrides)  # complete: nothing is done
+    assert rows(directory / "results.jsonl") == expected
+    assert len(metrics(directory)) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.every_n_steps=0"], r"evaluation.every_n_steps=0: must be 1 or more, or null"),
+        (["evaluation.best_metric=val/loss"], r"best_metric=val/loss: is val/loss \(with data.val\) or SET/"),
+        (["evaluation.precision=fp8"], r"precision=fp8: is one of fp32, bf16, fp16"),
+        (["evaluation.batch_size=0"], r"batch_size=0: must be 1 or more"),
+        (["evaluation.bootstrap_resamples=-1"], r"bootstrap_resamples=-1: must be 0 or more"),
+        (["evaluation.datasets=[{pth:a}]"], r"datasets\[0\]: expected a path, or a mapping with the key path"),
+        (["data.val=${data.train}/a.tar"], r"data.val: .*a.tar is a shard of data.train too"),
+        (["data.val=nowhere"], r"data.val=nowhere: no shards found"),
+    ],
+)
+def test_wrong_values(
+    overrides: list[str], message: str, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"train.log"}
+
+
+# The validation loss
+
+
+def validation(model: str, shards: str, cache: str, batch_size: int, **options: Any) -> dict[str, float]:
+    data = make_data(shards, make_cache(Path(cache)))
+    held_out = read_held_out(data.manifest, data.store, data.captions, seed=0, group_size=options.get("group_size", 16))
+    encoder = make_encoder(make_model(model), batch_size=batch_size, num_workers=options.get("num_workers", 0))
+    return validate(held_out, encoder, make_objective(duplicates="mask"))
+
+
+@torch.no_grad()
+def test_the_validation_loss_equals_a_loop(tiny_json: Path, shards: Path, tmp_path: Path) -> None:
+    found = validation(str(tiny_json), str(shards), str(tmp_path), 8)
+    data, model, loss = make_data(str(shards), make_cache(tmp_path)), make_model(str(tiny_json)), make_objective()
+    held_out = read_held_out(data.manifest, data.store, data.captions, seed=0, group_size=16)
+    assert len(held_out) == 64 and len(set(held_out.captions)) == 64
+    encoder = make_encoder(model)
+    image, text = encoder.pictures(held_out).features.double(), encoder.texts(held_out.captions).double()
+    total = 0.0
+    for group in range(4):
+        logits = model.logit_scale.exp() * image[group::4] @ text[group::4].T
+        target = torch.arange(16)
+        total += float(torch.nn.functional.cross_entropy(logits, target))
+        total += float(torch.nn.functional.cross_entropy(logits.T, target))
+    assert found["loss"] == pytest.approx(total / 8, rel=1e-5)
+    assert loss.duplicates == "ignore" and len(set(caption_ids(held_out.captions).tolist())) == 64
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_validation_loss_is_the_same_for_any_batch(
+    batch_size: int, tiny_json: Path, shards: Path, tmp_path: Path
+) -> None:
+    expected = validation(str(tiny_json), str(shards), str(tmp_path), 8)
+    found = validation(str(tiny_json), str(shards), str(tmp_path), batch_size, num_workers=2)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6) and found["accuracy"] == expected["accuracy"]
+
+
+def test_the_validation_loss_is_the_same_for_any_processes(tiny_json: Path, shards: Path, tmp_path: Path) -> None:
+    arguments = (str(tiny_json), str(shards), str(tmp_path / "cache"), 8)
+    expected = validation(*arguments)
+    assert in_processes(3, validation, tmp_path, *arguments) == [expected] * 3
+
+
+def test_each_pair_has_the_same_caption_every_time(tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 30)
+    for number, sample in enumerate(samples):
+        sample["json"] = json.dumps({"captions": [f"{number} {word}" for word in "abcde"]}).encode()
+    write_tar(tmp_path / "a.tar", samples)
+    data = make_data(str(tmp_path / "a.tar"), make_cache(tmp_path), caption_key="captions")
+    found = [read_held_out(data.manifest, data.store, data.captions, seed=s, group_size=4).captions for s in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert len({caption.split()[1] for caption in found[0]}) > 2
+
+
+def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
+    samples = read_sample("train/noto-00000.tar", 30)
+    samples[3]["txt"] = b" "
+    write_tar(tmp_path / "a.tar", samples)
+    data = make_data(str(tmp_path / "a.tar"), make_cache(tmp_path))
+    with pytest.raises(UserError, match=r"data.val: 1 of 30 captions cannot be used, more than 1%: .*a.tar.*blank"):
+        read_held_out(data.manifest, data.store, data.captions, seed=0, group_size=4)

@@ -1,0 +1,232 @@
+"""What is written and printed of results, and that nothing is done twice."""
+
+import csv
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from conftest import read_sample, write_tar
+from test_model import make_model
+from test_zero_shot import make_encoder, open_one
+
+from clipmini.console import set_up_logging
+from clipmini.errors import UserError
+from clipmini.evaluation.evaluator import Evaluator, Result
+from clipmini.evaluation.published import check_published, compare, log_comparison, published_name, read_published
+from clipmini.evaluation.results import (
+    add_row,
+    class_table,
+    confusion_table,
+    find_metric,
+    is_best,
+    keep_rows,
+    log_results,
+    read_rows,
+    write_clip_benchmark,
+    write_details,
+)
+from clipmini.evaluation.sets import ClassificationSet
+from clipmini.evaluation.tasks import Protocol
+
+
+@pytest.fixture(scope="module")
+def result(classification_set: Path, tiny_json: Path) -> Result:
+    (found,) = run(classification_set, tiny_json, [])
+    return found
+
+
+def run(path: Path, tiny_json: Path, known: list, **options: Any) -> list[Result]:
+    protocol = Protocol(resamples=50, **options)
+    evaluator = Evaluator([open_one(path)], protocol, 4, 0, "fp32")
+    encoder = make_encoder(make_model(str(tiny_json)))
+    return list(evaluator.run(encoder, known, {"model": "tiny", "step": 9}))
+
+
+def test_a_row_has_datacomps_fields_and_company(result: Result, classification_set: Path) -> None:
+    row = json.loads(json.dumps(result.row))
+    assert row["key"] == row["dataset"] == classification_set.name.removeprefix("wds_")
+    metrics = row["metrics"]
+    assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall", "main_metric"}
+    assert metrics["main_metric"] == metrics["acc1"]
+    assert row["chance"] == {"acc1": 1 / 7, "acc5": 5 / 7, "mean_per_class_recall": 1 / 7}
+    for name, (low, high) in row["interval"].items():
+        assert low <= metrics[name] <= high and low < high
+    assert (row["classes"], row["images"], row["unreadable"], row["step"]) == (7, 21, 0, 9)
+    assert len(row["weights"]) == len(row["protocol"]) == 16 and row["shuffled"] is False
+    assert row["majority"] == pytest.approx(3 / 21)
+
+
+def test_less_than_five_classes_have_no_top_five(tmp_path: Path, tiny_json: Path) -> None:
+    for name, sample in zip(("cat", "dog"), read_sample("wds_twemoji/test/0.tar", 2), strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.webp").write_bytes(sample["webp"])
+    (found,) = run(tmp_path, tiny_json, [])
+    assert found.row["metrics"]["acc5"] is None and "acc5" not in found.row["interval"]
+
+
+def test_what_is_known_is_not_done_again(result: Result, classification_set: Path, tiny_json: Path) -> None:
+    (again,) = run(classification_set, tiny_json, [{"key": "other"}, result.row])
+    assert again.finding is None and again.row == result.row
+    (control,) = run(classification_set, tiny_json, [result.row], shuffled=True)
+    assert control.finding is not None and control.row["protocol"] != result.row["protocol"]
+
+
+def test_weights_and_protocol_make_a_result_another_one(
+    result: Result, classification_set: Path, tiny_json: Path, tmp_path: Path
+) -> None:
+    hashes = {(result.row["weights"], result.row["protocol"])}
+    model = make_model(str(tiny_json))
+    model.logit_scale.data += 0.5
+    evaluator = Evaluator([open_one(classification_set)], Protocol(resamples=50), 4, 0, "fp32")
+    for encoder, changed in (
+        (make_encoder(model), evaluator),
+        (make_encoder(make_model(str(tiny_json))), Evaluator(evaluator.opened, Protocol(resamples=51), 4, 0, "fp32")),
+        (
+            make_encoder(make_model(str(tiny_json))),
+            Evaluator([open_one(classification_set, templates=["{}"])], Protocol(resamples=50), 4, 0, "fp32"),
+        ),
+    ):
+        (found,) = changed.run(encoder, [], {})
+        hashes.add((found.row["weights"], found.row["protocol"]))
+    assert len(hashes) == 4
+    # The place of the files is no part of it, and neither is the batch.
+    moved = tmp_path / classification_set.name
+    moved.symlink_to(classification_set)
+    (found,) = Evaluator([open_one(moved)], Protocol(resamples=50), 7, 0, "fp32").run(
+        make_encoder(make_model(str(tiny_json)), batch_size=7), [], {}
+    )
+    assert found.row["protocol"] == result.row["protocol"]
+
+
+def test_rows_are_replaced_by_the_same_result_only(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    add_row(path, result.row)
+    add_row(path, {**result.row, "weights": "other"})
+    add_row(path, {**result.row, "step": 10})
+    assert [(row["weights"], row["step"]) for row in read_rows(path)] == [("other", 9), (result.row["weights"], 10)]
+    keep_rows(path, lambda row: row["step"] < 10)
+    assert [row["step"] for row in read_rows(path)] == [9]
+
+
+@pytest.mark.parametrize("text", ["no json", "[1]", '{"a": 1}'])
+def test_a_file_of_something_else_is_not_touched(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"{text}\n")
+    with pytest.raises(UserError, match=r"notes.txt, line 1: is no result; output must be a file of results, or new"):
+        add_row(path, {"key": "a"})
+    assert path.read_text() == f"{text}\n"
+
+
+def test_the_table_shows_numbers_with_their_company(result: Result, capsys: pytest.CaptureFixture) -> None:
+    set_up_logging(None)
+    log_results([result.row, {**result.row, "dataset": "again", "shuffled": True}])
+    printed = capsys.readouterr().out
+    assert "Zero-shot classification - control" in printed and "95 % interval" in printed
+    assert "14.3%" in printed and "71.4%" in printed  # chance of top-1 and top-5
+    assert "21 pictures" in printed and "7 classes" in printed
+    assert f"weights {result.row['weights']}, protocol {result.row['protocol']}" in printed
+    assert "worst classes:" not in printed  # 3 pictures a class say nothing of the worst
+    log_results([{**result.row, "images": 35}])
+    assert "worst classes: thing" in capsys.readouterr().out
+
+
+def test_classes_and_confusions_add_up(result: Result) -> None:
+    assert result.finding is not None and isinstance(result.opened.dataset, ClassificationSet)
+    classes = class_table(result.opened.dataset, result.finding)
+    assert len(classes) == 7 and sum(row["pictures"] for row in classes) == 21
+    assert sum(row["recall"] for row in classes) / 7 == pytest.approx(result.row["metrics"]["mean_per_class_recall"])
+    pairs = confusion_table(result.opened.dataset, result.finding)
+    assert sum(row["pictures"] for row in pairs) == 21
+    right = sum(row["pictures"] for row in pairs if row["class"] == row["prediction"])
+    assert right / 21 == pytest.approx(result.row["metrics"]["acc1"])
+
+
+@pytest.mark.parametrize("file_format", ["csv", "parquet"])
+def test_details(file_format: str, result: Result, tmp_path: Path) -> None:
+    assert result.finding is not None
+    write_details(tmp_path, result.opened.dataset, result.finding, file_format)
+    stem = f"{result.row['dataset']}-zeroshot_classification"
+    path = tmp_path / f"{stem}-predictions.{file_format}"
+    if file_format == "csv":
+        rows = list(csv.DictReader(path.open()))
+    else:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert len(rows) == 21 and rows[3]["label"] == "thing 3"
+    hits = sum(row["label"] == row["prediction"] for row in rows)
+    assert hits / 21 == pytest.approx(result.row["metrics"]["acc1"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{stem}-{what}.{file_format}" for what in ("predictions", "classes", "confusion")
+    }
+
+
+def test_clip_benchmark_builds_its_table_of_our_json(result: Result, tmp_path: Path) -> None:
+    write_clip_benchmark(tmp_path, result.row, "ViT-B-32", "mine")
+    (path,) = tmp_path.iterdir()
+    command = [sys.executable, "-m", "clip_benchmark.cli", "build", str(path), "--output", str(tmp_path / "all.csv")]
+    subprocess.run(command, check=True, capture_output=True)
+    (row,) = csv.DictReader((tmp_path / "all.csv").open())
+    assert (row["model"], row["pretrained"], row["task"]) == ("ViT-B-32", "mine", "zeroshot_classification")
+    assert float(row["acc1"]) == pytest.approx(result.row["metrics"]["acc1"])
+
+
+def test_metrics_are_found_by_name() -> None:
+    rows = [{"key": "a", "metrics": {"acc1": 0.5}}, {"key": "a/knn", "metrics": {"acc1": 0.25}}]
+    assert (find_metric(rows, "a/acc1"), find_metric(rows, "a/knn/acc1")) == (0.5, 0.25)
+    assert find_metric(rows, "b/acc1", must_exist=False) is None
+    with pytest.raises(UserError, match=r"best_metric=a/acc: no such metric \(did you mean 'a/acc1'"):
+        find_metric(rows, "a/acc")
+
+
+def test_what_is_better() -> None:
+    assert is_best(0.5, [], "a/acc1") and is_best(0.5, [0.4], "a/acc1") and not is_best(0.5, [0.5], "a/acc1")
+    assert is_best(1.0, [2.0], "val/loss") and not is_best(2.0, [1.0], "val/loss")
+    assert is_best(3.0, [9.0], "flickr30k/text_retrieval_median_rank") and not is_best(float("nan"), [], "val/loss")
+
+
+def test_published_numbers() -> None:
+    published = read_published()
+    assert published["ViT-B-32/openai"]["imagenet1k", "acc1"] == 0.6332
+    assert published["ViT-B-32/laion2b_s34b_b79k"]["flickr30k", "text_retrieval_recall@1"] == 0.841
+    assert all(0 < value < 1 for numbers in published.values() for value in numbers.values())
+    names = ("vtab-cifar10", "wds_imagenet1k", "vtab/flowers", "imagenet", "mscoco_captions", "mnist")
+    expected = ["cifar10", "imagenet1k", "flowers", "imagenet1k", "mscoco", "mnist"]
+    assert [published_name(name) for name in names] == expected
+    with pytest.raises(UserError, match=r"compare_to=ViT-B-32/opnai: no published numbers \(did you mean 'ViT-B-32/op"):
+        check_published("ViT-B-32/opnai")
+
+
+def test_comparison_with_published_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"key": "vtab-cifar10", "dataset": "vtab-cifar10", "metrics": {"acc1": 0.9083}},
+        {"key": "vtab-cifar10/knn", "dataset": "vtab-cifar10", "metrics": {"acc1": 0.5}},
+        {"key": "mine", "dataset": "mine", "metrics": {"acc1": 0.1}},
+    ]
+    assert compare(rows, "ViT-B-32/openai") == [["vtab-cifar10", "acc1", "90.8%", "89.8%", "+1.0"]]
+    with caplog.at_level(logging.INFO, logger="clipmini"):
+        log_comparison(rows[2:], "ViT-B-32/openai")
+    assert "none of these sets has published numbers" in caplog.text
+
+
+def test_broken_shards_leave_the_file_of_results_as_it_was(tmp_path: Path, tiny_json: Path, result: Result) -> None:
+    path = tmp_path / "results.jsonl"
+    add_row(path, result.row)
+    before = path.read_bytes()
+    samples = read_sample("wds_twemoji/test/0.tar", 3)
+    for sample in samples:
+        sample["webp"] = b"broken"
+        sample["cls"] = b"0"
+    write_tar(tmp_path / "wds_b/test/0.tar", samples)
+    for name, text in (
+        ("test/nshards.txt", "1"),
+        ("classnames.txt", "a\nb"),
+        ("zeroshot_classification_templates.txt", "{c}"),
+    ):
+        (tmp_path / "wds_b" / name).write_text(text)
+    with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
+        run(tmp_path / "wds_b", tiny_json, read_rows(path))
+    assert path.read_bytes() == before
