@@ -1,6 +1,7 @@
 """The command line: one command with subcommands; what a subcommand needs is imported when it runs."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -11,8 +12,11 @@ from clipmini.errors import Interrupted, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train a model; takes Hydra overrides, and --help for all keys and choices",
+    "evaluate": "judge a model on sets of pictures; takes overrides, and --help for all keys",
+    "export": "write a model for open_clip, transformers or ONNX; takes overrides",
     "shards": "pack, index or verify shards, or print the plan of a run; --help for more",
 }
+MODULES = {"evaluate": "clipmini.evaluate", "export": "clipmini.export.run", "shards": "clipmini.shards.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="clipmini",
         description="Train CLIP-style image-text models.",
-        epilog="\n".join(f"  clipmini {name:7}{text}" for name, text in COMMANDS.items()),
+        epilog="\n".join(f"  clipmini {name:9}{text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipmini {__version__}")
@@ -32,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="what the subcommand takes")
     parsed = parser.parse_args(arguments)
     try:
-        return train_command(parsed.overrides) if parsed.command == "train" else shards_command(parsed.overrides)
+        return train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
     except UserError as error:
         print(f"clipmini: {error}", file=sys.stderr)
         return 2
@@ -41,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def shards_command(arguments: list[str]) -> int:
-    """Run a command of `clipmini shards`.
+def run_command(parsed: argparse.Namespace) -> int:
+    """Run a command that composes its config by itself, without a job of Hydra's.
 
     Raises:
         UserError: overrides that do not fit the config.
@@ -50,10 +54,14 @@ def shards_command(arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from clipmini.shards.command import run
+    from clipmini.config import config_file
 
+    if parsed.command != "shards" and {"-h", "--help"} & set(parsed.overrides):
+        print(config_file(parsed.command).read_text(), end="")
+        return 0
+    module = importlib.import_module(MODULES[parsed.command])
     try:
-        return run(arguments)
+        return module.run(parsed.overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
 

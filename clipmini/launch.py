@@ -1,10 +1,13 @@
 """What the launcher (torchrun, srun or none) and the hardware give: processes, nodes, devices, precision."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -111,6 +114,44 @@ def choose_strategy(strategy: object, processes: Launch) -> object:
 def can_synchronize_batch_norm(processes: Launch, accelerator: str) -> bool:
     """Say whether several processes train on devices for which torch has SyncBatchNorm."""
     return processes.world_size > 1 and accelerator in ("gpu", "cuda")
+
+
+def choose_device(device: str, processes: Launch) -> torch.device:
+    """Resolve `device` of the commands that do not train: `auto` is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device={device}: is auto, cpu or cuda")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; device=cpu works without one")
+    local_rank = choose_environment(processes).local_rank() if processes.has_launcher else 0
+    return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each task only its own GPU
+
+
+@contextlib.contextmanager
+def joined(processes: Launch, device: torch.device) -> Iterator[None]:
+    """Have the processes that a launcher made work together, without Lightning's Trainer."""
+    if processes.world_size == 1:
+        yield
+        return
+    environment = choose_environment(processes)
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=processes.rank, world_size=processes.world_size
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def choose_environment(processes: Launch) -> ClusterEnvironment:

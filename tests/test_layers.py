@@ -14,14 +14,15 @@ LAYERS = [
     {"losses"},
     {"objective"},
     {"launch", "module", "checkpoint", "loggers"},
-    {"callbacks", "evaluation"},
+    {"sources", "callbacks", "evaluation"},
+    {"evaluation_callback", "watch", "export"},
     {"train"},
-    {"shards"},
+    {"evaluate", "shards"},
     {"cli"},
     {"__main__"},
 ]
-HYDRA = {"config", "cli", "train", "shards.command"}
-LIGHTNING = {"data.loader", "module", "checkpoint", "loggers", "callbacks", "launch", "train"}
+HYDRA = {"config", "cli", "train", "evaluate", "export.run", "shards.command"}
+LIGHTNING = {"data.loader", "module", "checkpoint", "loggers", "callbacks", "evaluation_callback", "launch", "train"}
 
 
 def imports() -> dict[str, set[str]]:

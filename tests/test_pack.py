@@ -257,7 +257,7 @@ def test_the_command_packs_and_says_so(pictures: Path, tmp_path: Path, capsys: p
 
 
 def test_the_commands_in_the_yaml_can_be_typed(capsys: pytest.CaptureFixture) -> None:
-    text = (config.CONFIG_DIR / "pack.yaml").read_text()
+    text = (config.config_file("pack")).read_text()
     commands = re.findall(r"^# clipmini (shards pack .*?)(?:   .*)?$", text, re.MULTILINE)
     for command in commands:
         assert cli.main(shlex.split(command)) == 2

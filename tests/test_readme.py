@@ -12,7 +12,7 @@ from conftest import QUICK, read_sample, run_clipmini, run_command
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from clipmini.shards.command import compose as compose_config
+from clipmini.config import compose as compose_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,17 +1,14 @@
 """`clipmini shards`: composes the config of each of its commands, runs it and prints what it found."""
 
-import argparse
 import inspect
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from clipmini import config
 from clipmini.console import set_up_logging
@@ -52,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     if {"-h", "--help"} & set(overrides):
         name = "pack" if command == "pack" else "train"
-        print((config.CONFIG_DIR / f"{name}.yaml").read_text(), end="")
+        print(config.config_file(name).read_text(), end="")
         return 0
     set_up_logging(None, to_stderr=command in ("plan", "verify"))  # their output is for other programs too
     if command == "plan":
@@ -77,18 +74,6 @@ def print_usage() -> None:
     )
 
 
-def compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a config, without a job; `--config-dir` adds one's own yaml files, as it does for `clipmini train`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    options, overrides = parser.parse_known_args(overrides)
-    if options.config_dir:
-        overrides = [f"hydra.searchpath=[file://{os.path.abspath(options.config_dir)}]", *overrides]
-    config.register()
-    with hydra.initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
-        return hydra.compose(name, overrides)
-
-
 def print_plan(overrides: Sequence[str]) -> None:
     """Print step, position, source, shard, index and key of the samples of some steps, as the run draws them.
 
@@ -98,7 +83,7 @@ def print_plan(overrides: Sequence[str]) -> None:
     from clipmini.train import build_data
 
     first, last = read_range([override for override in overrides if override.startswith("range=")])
-    cfg = compose("train", [override for override in overrides if not override.startswith("range=")])
+    cfg = config.compose("train", [override for override in overrides if not override.startswith("range=")])
     data = build_data(cfg, launch.read_launch())
     print("step", "position", "source", "shard", "index", "key", sep="\t")
     for step in range(first, last + 1):
@@ -129,7 +114,7 @@ def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """Compose the config of `index` and `verify`, and return its checked `data` and the cache."""
     if not any(override.startswith("experiment=") for override in overrides):
         overrides = ["experiment=none", *overrides]
-    cfg = compose("train", overrides)
+    cfg = config.compose("train", overrides)
     config.check_node(cfg.data, "data")
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     assert isinstance(data, dict)
@@ -174,7 +159,7 @@ def pack(overrides: Sequence[str]) -> None:
     """Write shards."""
     from clipmini.shards.pack import pack as write
 
-    cfg = compose("pack", overrides)
+    cfg = config.compose("pack", overrides)
     content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(content, dict)
     options = {str(name): value for name, value in content.items()}

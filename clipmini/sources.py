@@ -1,0 +1,314 @@
+"""Trained models from a run, a checkpoint, an open_clip directory, open_clip's name with tag, or a file of weights."""
+
+import ast
+import json
+import logging
+import pickle
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import yaml
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CLIP
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from safetensors import safe_open
+
+from clipmini.checkpoint import list_checkpoints, load_checkpoint
+from clipmini.data.tokenizer import Tokenize, create_tokenizer
+from clipmini.errors import UserError, did_you_mean
+from clipmini.model import (
+    Model,
+    create_from_architecture,
+    create_from_open_clip_config,
+    download_pretrained,
+    load_weights,
+    read_architecture,
+    set_preprocess,
+)
+
+log = logging.getLogger(__name__)
+
+LOCAL_DIRECTORY = "local-dir:"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and where it came from.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        name: of the run, the architecture or the directory.
+        weights: which of its weights: a step, a tag, a file.
+        step: of the checkpoint, or None.
+        run: the directory of the run, if it is in one of clipmini's.
+        config: of that run, as plain data, or None.
+    """
+
+    model: Model
+    name: str
+    weights: str
+    step: int | None = None
+    run: Path | None = None
+    config: dict[str, Any] | None = None
+
+    def tokenizer(self) -> Tokenize:
+        """Return the model's tokenizer.
+
+        Raises:
+            UserError: it does not go with the model.
+        """
+        tokenize = create_tokenizer(self.model.architecture)
+        check_tokenizer(self.model, tokenize)
+        return tokenize
+
+
+def load_model(source: str, *, architecture: str | None = None) -> Source:
+    """Load a model.
+
+    Args:
+        source: a run directory (its newest checkpoint), a .ckpt of a run, an open_clip directory with or without
+            `local-dir:`, `NAME/TAG` of open_clip, or a file of open_clip's weights (also of its trainer, from DDP).
+        architecture: of a file of weights: an open_clip name or a JSON file; None looks into the params.txt of
+            open_clip's trainer beside it.
+
+    Raises:
+        UserError: there is no such model, or its weights do not fit.
+    """
+    path = Path(source.removeprefix(LOCAL_DIRECTORY))
+    if architecture is not None and not (path.is_file() and path.suffix in WEIGHTS):
+        raise UserError(f"architecture={architecture}: is for files of weights ({', '.join(WEIGHTS)}), not {source}")
+    if source.startswith(LOCAL_DIRECTORY) or (path / CONFIG_FILE).is_file():
+        loaded = load_directory(path)
+    elif path.is_dir():
+        loaded = load_run(path)
+    elif path.is_file() and path.suffix == ".ckpt":
+        loaded = load_run_checkpoint(path)
+    elif path.is_file():
+        loaded = load_file(path, architecture)
+    else:
+        loaded = load_tag(source)
+    loaded.model.eval()
+    return loaded
+
+
+def load_run(run: Path) -> Source:
+    """Load the newest checkpoint of a run or, where all are deleted, its exported model."""
+    found = list_checkpoints(run / "checkpoints")
+    if found:
+        return load_run_checkpoint(found[-1])
+    if (run / "model" / CONFIG_FILE).is_file():
+        return load_directory(run / "model")
+    raise UserError(
+        f"model={run}: neither a run (checkpoints/step-*.ckpt, model/) nor an open_clip directory ({CONFIG_FILE})"
+    )
+
+
+def load_run_checkpoint(path: Path) -> Source:
+    """Load a checkpoint of clipmini's."""
+    content = read_checkpoint(path)
+    model = create_described(content["open_clip_config"], f"model={path}")
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in content["state_dict"].items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"model={path}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
+    directory = path.resolve().parent
+    run = directory.parent if directory.name == "checkpoints" else None
+    config = content.get("hyper_parameters")
+    step = int(content["global_step"])
+    name = run.name if run else path.stem
+    return Source(model, name, f"step {step}", step, run, config if isinstance(config, dict) else None)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of clipmini's.
+
+    Raises:
+        UserError: it is damaged, or is none.
+    """
+    try:
+        content = load_checkpoint(path)
+    except Exception as error:  # of pickle, zipfile: damage has no common class
+        raise UserError(f"model={path}: cannot be read: {tell(error)}") from error
+    if not isinstance(content, dict) or not {"state_dict", "open_clip_config", "global_step"} <= content.keys():
+        raise UserError(f"model={path}: is no checkpoint of clipmini")
+    return content
+
+
+def tell(error: Exception) -> str:
+    """Say in one line why a file cannot be read, without torch's advice to run the code in it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds code, which is not run"
+    return (str(error).split(" In PyTorch 2.6")[0].splitlines() or [type(error).__name__])[0]
+
+
+def create_described(config: Any, at: str) -> Model:
+    """Make the model of an `open_clip_config.json`.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(config, Mapping):
+        raise UserError(f"{at}: {CONFIG_FILE} holds no mapping")
+    try:
+        return create_from_open_clip_config(config)
+    except UserError as error:
+        raise UserError(f"{at}: {error}") from error
+
+
+def load_directory(directory: Path) -> Source:
+    """Load a directory for open_clip's `local-dir:`."""
+    file = directory / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={directory}: {file} cannot be read: {error}") from error
+    model = create_described(config, f"model={directory}")
+    weights = open_clip.factory._find_checkpoint_in_dir(directory)
+    if weights is None:
+        raise UserError(f"model={directory}: no weights in it (open_clip_model.safetensors)")
+    load_weights(model, weights, f"model={directory}: {Path(weights).name} does not fit {CONFIG_FILE}")
+    run = directory.resolve().parent
+    if directory.resolve().name == "model" and (run / "config.yaml").is_file():
+        return Source(model, run.name, "model", run=run, config=read_run_config(run))
+    return Source(model, directory.resolve().name, Path(weights).name)
+
+
+def read_run_config(run: Path) -> dict[str, Any] | None:
+    """Read the config of a run as plain data."""
+    content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else None
+
+
+def load_tag(source: str) -> Source:
+    """Load a name of open_clip with one of its tags, from open_clip's own cache or the network."""
+    name, _, tag = source.rpartition("/")
+    if name not in open_clip.list_models():
+        known = [f"{name}/{tag}" for name, tag in open_clip.list_pretrained()]
+        raise UserError(
+            f"model={source}: neither a file nor a directory, and no NAME/TAG of open_clip{did_you_mean(source, known)}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        raise UserError(f"model={source}: {name} has no tag {tag!r}{did_you_mean(tag, tags)}; tags: {', '.join(tags)}")
+    details = open_clip.get_pretrained_cfg(name, tag)
+    architecture = read_architecture(name=name)
+    quick_gelu = details.get("quick_gelu")
+    if quick_gelu is not None and quick_gelu != bool(architecture.get("quick_gelu")):
+        # As trained: with the other activation the same weights lose some points, without a word.
+        architecture["quick_gelu"] = quick_gelu
+        log.info("%s: with quick_gelu=%s, as its weights were trained", source, quick_gelu)
+    path = download_pretrained(details, f"model={source}")
+    model = create_with_weights(architecture, Path(path), merge_preprocess_dict(asdict(PreprocessCfg()), details))
+    return Source(model, name, tag)
+
+
+def load_file(path: Path, architecture: str | None) -> Source:
+    """Load a file of weights of open_clip's."""
+    if path.suffix not in WEIGHTS:
+        raise UserError(f"model={path}: neither a .ckpt of a run nor a file of weights ({', '.join(WEIGHTS)})")
+    settings = read_params(path.resolve().parent.parent / "params.txt")
+    name = architecture or settings.get("model")
+    if name is None:
+        raise UserError(
+            f"model={path}: weights alone do not say of what model they are: set architecture=, as in ViT-B-32"
+        )
+    try:
+        described = read_architecture(name=name)
+    except ValueError as error:  # also of JSON
+        reason = str(error).removeprefix(f"model.name={name}: ")
+        raise UserError(f"model={path}: architecture={name}: {reason}") from error
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), follow_params(described, settings))
+    return Source(create_with_weights(described, path, preprocess), Path(name).stem, path.name)
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Read what was said to open_clip's trainer: a line `name: value` for each argument in its params.txt."""
+    if not path.is_file():
+        return {}
+    lines = (line.partition(": ") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return {name: read_literal(value) for name, colon, value in lines if colon and value != "None"}
+
+
+def read_literal(text: str) -> Any:
+    """Read a number, a list or the like as Python prints it; any other text stays as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError):
+        return text
+
+
+def follow_params(architecture: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Change a model's JSON as open_clip's trainer was told to, and return what it was told of pictures."""
+    if settings.get("force_quick_gelu"):
+        architecture["quick_gelu"] = True
+    if settings.get("force_custom_text"):
+        architecture["custom_text"] = True
+    for name, part, key in (
+        ("image_size", "vision_cfg", "image_size"),
+        ("context_length", "text_cfg", "context_length"),
+    ):
+        if (value := settings.get(f"force_{name}")) is not None:
+            architecture[part][key] = value
+    told = {name: settings.get(f"image_{name}") for name in ("mean", "std", "interpolation", "resize_mode")}
+    if told["interpolation"] == "random":  # in training only
+        del told["interpolation"]
+    return told
+
+
+def create_with_weights(architecture: dict[str, Any], path: Path, preprocess: Mapping[str, Any]) -> Model:
+    """Make a model and load a file of weights; one that has a bias of the logits makes a model with one."""
+    if "logit_bias" in {name.removeprefix("module.") for name in list_names(path)}:
+        architecture.setdefault("init_logit_bias", 0.0)
+    model = create_from_architecture(architecture)
+    set_preprocess(model, preprocess)
+    load_weights(model, path, f"model={path} does not fit this model")
+    return model
+
+
+def list_names(path: Path) -> list[str]:
+    """List the names of the weights in a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(open_clip.factory.load_state_dict(str(path)))
+    except (AttributeError, StopIteration) as error:
+        raise UserError(f"model={path}: holds no weights by their names") from error
+    except Exception as error:  # of pickle, zipfile, safetensors: damage has no common class
+        raise UserError(f"model={path}: cannot be read as weights: {tell(error)}") from error
+
+
+def check_tokenizer(model: Model, tokenize: Tokenize) -> None:
+    """See that a model knows every token of its tokenizer, and takes as many at a time.
+
+    Raises:
+        UserError: it does not.
+    """
+    tower = model if isinstance(model, CLIP) else model.text
+    text = tokenize(["a photo of a cat"])
+    if isinstance(tower, HFTextEncoder):
+        known, length = tower.config.vocab_size, text.shape[1]
+    else:
+        known, length = tower.token_embedding.num_embeddings, len(tower.positional_embedding)
+    largest = max(int(text.max()), getattr(tokenize, "end_token", 0))
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer has token {largest} and the model only {known}: text_cfg.vocab_size or "
+            "text_cfg.hf_tokenizer_name of the model is not that of these weights"
+        )
+    if text.shape[1] > length:
+        raise UserError(
+            f"the tokenizer gives {text.shape[1]} tokens and the model takes {length}: text_cfg.context_length"
+        )
