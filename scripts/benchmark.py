@@ -1,12 +1,14 @@
 """Measures clipmini against what its users run today; ratios are of one run.
 
-benchmark.py data     the loader, against webdataset's pipeline as open_clip runs it and torch's data set of loose files
-benchmark.py loss     the losses, against open_clip's and torch's; and a step in micro-batches against one at once
+benchmark.py data        the loader, against webdataset's pipeline as open_clip runs it, and torch's set of loose files
+benchmark.py loss        the losses, against open_clip's and torch's; and a step in micro-batches against one at once
+benchmark.py evaluation  ImageNet's zero-shot classifier, against open_clip's; and retrieval, against a whole matrix
 """
 
 import argparse
 
 import benchmark_data
+import benchmark_evaluation
 import benchmark_loss
 
 
@@ -14,7 +16,7 @@ def main() -> None:
     """Run a benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for benchmark in (benchmark_data, benchmark_loss):
+    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation):
         benchmark.add_parser(commands)
     options = parser.parse_args()
     options.run(options)

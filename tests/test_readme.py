@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from clipmini.config import compose as compose_config
+from clipmini.evaluation.entries import read_entries
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 TRAIN = [line for line in COMMANDS if "clipmini train" in line]
 SHARDS = [line for line in COMMANDS if "clipmini shards" in line]
+OTHERS = [line for line in COMMANDS if re.search("clipmini (evaluate|export)", line)]
 
 
 def overrides(command: str) -> list[str]:
@@ -44,6 +46,17 @@ def test_commands_of_shards_compose(command: str) -> None:
     name = "pack" if words[start - 1] == "pack" else "train"
     cfg = compose_config(name, given)
     OmegaConf.to_container(cfg if name == "pack" else cfg.data, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_other_commands_compose(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    start = words.index("clipmini") + 1
+    cfg = compose_config(words[start], words[start + 1 :])
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if words[start] == "evaluate":
+        read_entries([entry for entry in cfg.datasets if entry != "my_sets.yaml"], "datasets")
+    assert isinstance(content, dict) and content["model"]
 
 
 def test_table_of_keys_is_of_this_config(compose: Callable[..., DictConfig]) -> None:

@@ -8,10 +8,10 @@ import pytest
 from conftest import QUICK, make_cache
 
 from clipmini import cli
+from clipmini.config import compose
 from clipmini.data.counts import INDEX_NAME
 from clipmini.data.index import PairFormat
 from clipmini.data.manifest import read_manifest
-from clipmini.shards.command import compose
 from clipmini.train import train
 
 

@@ -29,14 +29,17 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def explain_workers(error: RuntimeError, *, num_workers: int, timeout: float) -> None:
+def explain_workers(error: Exception, *, num_workers: int, timeout: float) -> None:
     """Tell in one message that a loader process died or is stuck, if that is what an error says.
 
-    Torch notices a death by a signal, so that its error can come up anywhere in the main process.
+    Torch notices a death by a signal, so that its error can come up anywhere in the main process; or it is the pipe
+    of a worker that breaks, while a batch comes through it.
 
     Raises:
         UserError: it is.
     """
+    if isinstance(error, ConnectionError | EOFError) and num_workers:
+        error = RuntimeError(f"DataLoader worker died while it sent a batch ({error or type(error).__name__})")
     if "DataLoader" in str(error):
         raise UserError(
             f"the data did not come: {' '.join(str(error).split())} (data.timeout={timeout:g} seconds, "
@@ -167,7 +170,7 @@ class TrainLoader:
         )
         try:
             yield from loader
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             explain_workers(error, num_workers=self.num_workers, timeout=self.timeout)
             raise
 
