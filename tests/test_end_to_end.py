@@ -73,7 +73,7 @@ def test_plain_shards_to_a_model_that_open_clip_loads(
         "64 pairs",
         "20 = 320 samples seen = 5.0 epochs",
         "48 px",
-        "14.29%",
+        "14.3%",
         "step 20/20",
         "outputs/two/model",
     ):
