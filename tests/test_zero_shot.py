@@ -1,5 +1,6 @@
 """Zero-shot numbers against open_clip's classifier and a float64 loop; a collapsed model scores nothing."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,25 @@ def test_features_are_kept_until_something_changes(classification_set: Path, tin
     measure(changed, third, Protocol())
     assert third.sentences == 14 + 7
     assert len(list(tmp_path.glob("image-*"))) == 1 and len(list(tmp_path.glob("text-*"))) == 3
+
+
+def test_another_activation_does_not_get_what_is_kept(
+    classification_set: Path, tiny_json: Path, tmp_path: Path
+) -> None:
+    quick = tmp_path / "quick.json"
+    quick.write_text(json.dumps({**json.loads(tiny_json.read_text()), "quick_gelu": True}))
+    plain, other = make_model(str(tiny_json)), make_model(str(quick))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.state_dict().items())
+    dataset = open_one(classification_set).dataset
+    assert isinstance(dataset, ClassificationSet)
+
+    def encode(model: Model, cache: Path | None) -> torch.Tensor:
+        encoder = make_encoder(model, cache=cache)
+        return torch.cat([encoder.pictures(dataset.pictures).features, encoder.classifier(dataset.prompts)])
+
+    first = encode(plain, tmp_path / "cache")
+    found, expected = encode(other, tmp_path / "cache"), encode(other, None)
+    assert torch.equal(found, expected) and (found != first).any(dim=1).all()
 
 
 def test_pictures_are_encoded_again_when_a_file_changes(tiny_json: Path, tmp_path: Path) -> None:

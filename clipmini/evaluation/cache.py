@@ -51,8 +51,9 @@ class FeatureCache:
         """Return where features of a tower are kept."""
         if tower not in self.hashes:
             self.hashes[tower] = hash_weights(model, tower)
-        settings = model.architecture["vision_cfg" if tower == "image" else "text_cfg"]
-        whole = [clipmini.__version__, self.hashes[tower], settings, model.visual.preprocess_cfg, list(content)]
+        # All of the architecture: some of what counts for a tower, as quick_gelu, lies beside vision_cfg and text_cfg.
+        settings = [model.architecture, model.visual.preprocess_cfg]
+        whole = [clipmini.__version__, self.hashes[tower], *settings, list(content)]
         text = json.dumps(whole, sort_keys=True, default=str)
         return self.directory / f"{tower}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
