@@ -78,8 +78,7 @@ class Evaluator:
         weights = hash_weights(encoder.model)
         rows = {identity(row): row for row in distributed.all_gather_objects(list(known))[0]}
         for opened in self.opened:
-            protocol = self.hash_protocol(opened, encoder)
-            said = {"weights": weights, "protocol": protocol, "shuffled": self.protocol.shuffled}
+            said = {"weights": weights, "protocol": self.hash_protocol(opened, encoder)}
             keys = [opened.dataset.name, *(f"{opened.dataset.name}/{name}" for name in self.probes(opened))]
             done = [rows.get(identity({"key": key, **said})) for key in keys]
             if all(done):

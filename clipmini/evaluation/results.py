@@ -88,7 +88,7 @@ def number(value: float) -> float | None:
 
 def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what makes a result the same one: doing it again would give the same numbers."""
-    return tuple(row.get(name) for name in ("key", "weights", "protocol", "shuffled"))
+    return tuple(row.get(name) for name in ("key", "weights", "protocol"))
 
 
 def read_rows(path: Path) -> list[Row]:
