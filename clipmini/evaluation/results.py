@@ -112,9 +112,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Write a row, in place of the same result if that is there; the file is complete at any time."""
-    rows = [old for old in read_rows(path) if identity(old) != identity(row)] + [row]
-    write_atomically(path, "".join(f"{json.dumps(one)}\n" for one in rows).encode())
+    """Write a row, in place of the same result if that is there."""
+    write_rows(path, [*(old for old in read_rows(path) if identity(old) != identity(row)), row])
 
 
 def keep_rows(path: Path, is_kept: Callable[[Row], bool]) -> None:
@@ -122,7 +121,12 @@ def keep_rows(path: Path, is_kept: Callable[[Row], bool]) -> None:
     rows = read_rows(path)
     kept = [row for row in rows if is_kept(row)]
     if len(kept) < len(rows):
-        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+        write_rows(path, kept)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a file of results, a line for each; it is complete at any time."""
+    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 # One metric of many
