@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader
 
 from clipmini import config, distributed, launch
 from clipmini.console import log_rows, log_table, set_up_logging, track
@@ -17,7 +16,7 @@ from clipmini.data.loader import default_num_workers
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
-from clipmini.evaluation.encoder import MAX_UNREADABLE, PictureDataset
+from clipmini.evaluation.encoder import MAX_UNREADABLE, load_pictures, make_batches
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
@@ -176,16 +175,8 @@ def check_sets(evaluator: Evaluator) -> None:
     broken = []
     for opened in evaluator.opened:
         dataset = opened.dataset
-        batches = [
-            range(start, min(start + evaluator.batch_size, len(dataset.pictures)))
-            for start in range(0, len(dataset.pictures), evaluator.batch_size)
-        ]
-        loader = DataLoader(
-            PictureDataset(dataset.pictures, EvaluationTransform(32)),
-            sampler=batches,  # whole batches
-            batch_size=None,
-            num_workers=evaluator.num_workers,
-        )
+        batches = make_batches(len(dataset.pictures), evaluator.batch_size)
+        loader = load_pictures(dataset.pictures, EvaluationTransform(32), batches, evaluator.num_workers)
         bad = [text for _, _, texts in track(loader, len(batches), dataset.name) for text in texts]
         for text in bad[:5]:
             log.warning("%s: %s", dataset.name, text)

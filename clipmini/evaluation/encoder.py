@@ -73,6 +73,30 @@ class PictureDataset(Dataset):
         return kept, torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8), bad
 
 
+def make_batches(count: int, batch_size: int) -> list[range]:
+    """Return the numbers of a set's pictures or sentences, batch by batch."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def load_pictures(
+    pictures: AnyPictures,
+    transform: EvaluationTransform,
+    batches: Sequence[range],
+    num_workers: int,
+    *,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of some batches of pictures, each as `PictureDataset` decodes it."""
+    return DataLoader(
+        PictureDataset(pictures, transform),
+        sampler=batches,  # whole batches
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own: a training run's random numbers stay what they are
+    )
+
+
 @dataclass
 class Encoder:
     """Encodes with a model.
@@ -97,8 +121,7 @@ class Encoder:
 
     def shares(self, count: int) -> list[range]:
         """Return the batches of this process."""
-        starts = range(0, count, self.batch_size)[distributed.rank() :: distributed.world_size()]
-        return [range(start, min(start + self.batch_size, count)) for start in starts]
+        return make_batches(count, self.batch_size)[distributed.rank() :: distributed.world_size()]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -135,14 +158,8 @@ class Encoder:
         return EncodedPictures(tensors["features"].to(self.device), tensors["kept"], unreadable)
 
     def encode_pictures(self, pictures: AnyPictures, before_projection: bool) -> EncodedPictures:
-        loader = DataLoader(
-            PictureDataset(pictures, self.transform),
-            sampler=self.shares(len(pictures)),  # whole batches
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own: a training run's random numbers stay what they are
-        )
+        batches, pin_memory = self.shares(len(pictures)), self.device.type == "cuda"
+        loader = load_pictures(pictures, self.transform, batches, self.num_workers, pin_memory=pin_memory)
         features: list[Tensor] = []
         kept: list[int] = []
         unreadable: list[str] = []
