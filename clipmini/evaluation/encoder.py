@@ -119,9 +119,10 @@ class Encoder:
     cache: FeatureCache | None = None
     sentences: int = field(default=0, init=False)
 
-    def shares(self, count: int) -> list[range]:
-        """Return the batches of this process."""
-        return make_batches(count, self.batch_size)[distributed.rank() :: distributed.world_size()]
+    def shares(self, count: int) -> list[list[range]]:
+        """Return the batches of each process."""
+        batches, world_size = make_batches(count, self.batch_size), distributed.world_size()
+        return [batches[rank::world_size] for rank in range(world_size)]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -147,7 +148,7 @@ class Encoder:
         """
         if self.cache is None:
             return self.encode_pictures(pictures, before_projection)
-        content = (pictures.fingerprint(), repr(self.transform), before_projection, self.precision, "image")
+        content = (pictures.fingerprint(), repr(self.transform), before_projection, self.precision)
         stored = self.cache.load(self.model, "image", content)
         if stored is None:
             encoded = self.encode_pictures(pictures, before_projection)
@@ -158,7 +159,7 @@ class Encoder:
         return EncodedPictures(tensors["features"].to(self.device), tensors["kept"], unreadable)
 
     def encode_pictures(self, pictures: AnyPictures, before_projection: bool) -> EncodedPictures:
-        batches, pin_memory = self.shares(len(pictures)), self.device.type == "cuda"
+        batches, pin_memory = self.shares(len(pictures))[distributed.rank()], self.device.type == "cuda"
         loader = load_pictures(pictures, self.transform, batches, self.num_workers, pin_memory=pin_memory)
         features: list[Tensor] = []
         kept: list[int] = []
@@ -190,30 +191,26 @@ class Encoder:
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """Encode sentences, each different one once: fp32 unit vectors [T, D]."""
-        different = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
         # Of like lengths together: what is padding to all of a batch is not computed. Characters tell enough.
-        ordered = sorted(different, key=lambda sentence: (len(sentence), sentence))
-        parts = []
+        ordered = sorted(set(sentences), key=lambda sentence: (len(sentence), sentence))
+        shares = self.shares(len(ordered))
+        parts = [torch.empty(0, self.model.architecture["embed_dim"], device=self.device)]
         with self.ready():
-            for share in self.shares(len(ordered)):
-                batch = [ordered[number] for number in share]
-                text = trim(self.tokenize(batch), padding(self.model)).to(self.device)
+            for batch in shares[distributed.rank()]:
+                text = trim(self.tokenize(ordered[batch.start : batch.stop]), padding(self.model)).to(self.device)
                 parts.append(encode_text(self.model, text).float())
         self.sentences += len(ordered)
-        width = distributed.all_gather_objects(parts[0].shape[1] if parts else 0)
-        mine = torch.cat(parts) if parts else torch.empty(0, max(width), device=self.device)
-        numbers = distributed.all_gather_objects([number for share in self.shares(len(ordered)) for number in share])
-        gathered = distributed.all_gather_uneven(mine)
-        rows = torch.empty(len(ordered), dtype=torch.long)
-        rows[[different[ordered[number]] for of_rank in numbers for number in of_rank]] = torch.arange(len(ordered))
-        return gathered[rows[[different[sentence] for sentence in sentences]].to(self.device)]
+        gathered = distributed.all_gather_uneven(torch.cat(parts))
+        numbers = (number for of_rank in shares for batch in of_rank for number in batch)  # as they are gathered
+        rows = {ordered[number]: row for row, number in enumerate(numbers)}
+        return gathered[torch.tensor([rows[sentence] for sentence in sentences], dtype=torch.long, device=self.device)]
 
     def classifier(self, prompts: Prompts) -> Tensor:
         """Return a unit vector for each class, the mean of those of its sentences: fp32 [C, D].
 
         The protocol of CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4), as open_clip and CLIP_benchmark run it.
         """
-        content = (prompts, self.precision, "text")
+        content = (prompts, self.precision)
         stored = self.cache.load(self.model, "text", content) if self.cache else None
         if stored is not None:
             return stored[0]["classifier"].to(self.device)
