@@ -100,23 +100,28 @@ def classify(dataset: ClassificationSet, encoded: EncodedPictures, encoder: Enco
     groups = [dataset.groups[number] for number in encoded.kept.tolist()] if dataset.groups else None
     if protocol.shuffled:
         labels = labels[permutation(len(labels), protocol)]
-    keys = [dataset.pictures.key(number) for number in encoded.kept.tolist()]
     task = "zeroshot_classification"
     if dataset.is_multilabel:
         scores = similarity(encoded.features, classifier).cpu().numpy()
         return Finding(task, metrics.multilabel(scores, labels), encoded.unreadable)
     ranks, predictions, scores = rank_classes(encoded.features, classifier, torch.from_numpy(labels), dataset.prompts)
-    units = {
-        "key": keys,
-        "label": [dataset.class_names[label] for label in labels],
-        "prediction": [dataset.class_names[label] for label in predictions],
-        "rank": (ranks + 1).tolist(),
-        "similarity": scores.tolist(),
-    }
+    units = {**tell_pictures(dataset, encoded, labels, ranks, predictions), "similarity": scores.tolist()}
     outcome = metrics.classification(
         ranks, labels, len(dataset.class_names), name=dataset.name, groups=groups, units=units
     )
     return Finding(task, outcome, encoded.unreadable, labels, predictions)
+
+
+def tell_pictures(
+    dataset: ClassificationSet, encoded: EncodedPictures, labels: np.ndarray, ranks: np.ndarray, predictions: np.ndarray
+) -> dict[str, list[Any]]:
+    """Return columns for a file, with a row for each picture; ranks count from 1 there."""
+    return {
+        "key": [dataset.pictures.key(number) for number in encoded.kept.tolist()],
+        "label": [dataset.class_names[label] for label in labels],
+        "prediction": [dataset.class_names[label] for label in predictions],
+        "rank": (ranks + 1).tolist(),
+    }
 
 
 def rank_classes(
@@ -162,9 +167,10 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
     targets = torch.from_numpy(train_labels).to(encoder.device), torch.from_numpy(labels).to(encoder.device)
     facts: dict[str, Any] = {"training_images": len(train_labels), "features": protocol.probe_features}
     num_classes = len(dataset.class_names)
+    found: Sequence[Tensor]
     if name == "knn":
         features = [torch.nn.functional.normalize(one.features, dim=-1) for one in (known, asked)]
-        ranks, predictions = nearest_neighbours(
+        found = nearest_neighbours(
             features[0],
             targets[0],
             features[1],
@@ -175,7 +181,7 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
         )
         facts["k"] = protocol.knn_k
     else:
-        ranks, predictions, facts["l2"] = linear_probe(
+        *found, facts["l2"] = linear_probe(
             known.features,
             targets[0],
             asked.features,
@@ -184,19 +190,12 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
             l2=protocol.l2,
             seed=protocol.seed,
         )
+    ranks, predictions = (tensor.cpu().numpy() for tensor in found)
     most_frequent = np.bincount(train_labels, minlength=num_classes).argmax()
     chance = max(1 / num_classes, float((labels == most_frequent).mean()))
-    chosen = predictions.cpu().numpy()
-    units = {
-        "key": [dataset.pictures.key(number) for number in asked.kept.tolist()],
-        "label": [dataset.class_names[label] for label in labels],
-        "prediction": [dataset.class_names[label] for label in chosen],
-        "rank": (ranks.cpu().numpy() + 1).tolist(),
-    }
-    outcome = metrics.classification(
-        ranks.cpu().numpy(), labels, num_classes, name=dataset.name, chance=chance, units=units
-    )
-    return Finding(name, outcome, known.unreadable + asked.unreadable, labels, chosen, facts)
+    units = tell_pictures(dataset, asked, labels, ranks, predictions)
+    outcome = metrics.classification(ranks, labels, num_classes, name=dataset.name, chance=chance, units=units)
+    return Finding(name, outcome, known.unreadable + asked.unreadable, labels, predictions, facts)
 
 
 def check_probes(protocol: Protocol) -> None:
@@ -221,14 +220,19 @@ def check_probes(protocol: Protocol) -> None:
 # Captions
 
 
+def find_rows(dataset: RetrievalSet | ChoiceSet, encoded: EncodedPictures) -> np.ndarray:
+    """Return the row of features of each picture, -1 where it cannot be read: int64 [N + 1], the last of no picture."""
+    rows = np.full(len(dataset.pictures) + 1, -1)  # what is looked up for -1 is the last
+    rows[encoded.kept.numpy()] = np.arange(len(encoded.kept))
+    return rows
+
+
 def retrieve(dataset: RetrievalSet, encoded: EncodedPictures, encoder: Encoder, protocol: Protocol) -> Finding:
     """Find the captions of each picture, and the pictures of each caption.
 
     A picture that cannot be read is left out, and so are captions that belong to no other.
     """
-    position = np.full(len(dataset.pictures), -1)
-    position[encoded.kept.numpy()] = np.arange(len(encoded.kept))
-    pairs = np.stack([position[dataset.pairs[:, 0]], dataset.pairs[:, 1]], axis=1)
+    pairs = np.stack([find_rows(dataset, encoded)[dataset.pairs[:, 0]], dataset.pairs[:, 1]], axis=1)
     pairs = pairs[pairs[:, 0] >= 0]
     used, pairs[:, 1] = np.unique(pairs[:, 1], return_inverse=True)
     captions = [dataset.captions[number] for number in used]
@@ -244,8 +248,7 @@ def choose(dataset: ChoiceSet, encoded: EncodedPictures, encoder: Encoder, proto
 
     SugarCrepe: a hit if the right caption is strictly nearer. Winoground: its text, image and group scores.
     """
-    position = np.full(len(dataset.pictures) + 1, -1)  # the last for -1, no picture
-    position[encoded.kept.numpy()] = np.arange(len(encoded.kept))
+    position = find_rows(dataset, encoded)
     examples = dataset.examples[position[dataset.examples[:, 0]] >= 0]
     has_two = bool((examples[:, 3] >= 0).all())
     if has_two:
