@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import QUICK, in_processes, make_cache, make_data, make_objective, read_sample, write_tar
 from omegaconf import DictConfig
+from servers import serve
 from test_model import make_model
 from test_zero_shot import make_encoder
 
@@ -179,6 +180,14 @@ def test_the_validation_loss_is_the_same_for_any_processes(tiny_json: Path, shar
     arguments = (str(tiny_json), str(shards), str(tmp_path / "cache"), 8)
     expected = validation(*arguments)
     assert in_processes(3, validation, tmp_path, *arguments) == [expected] * 3
+
+
+def test_remote_pairs_are_open_only_while_they_are_read(shards: Path, tmp_path: Path) -> None:
+    with serve(shards) as server:
+        data = make_data(f"{server.url}/a.tar", make_cache(tmp_path))
+        held_out = read_held_out(data.manifest, data.store, data.captions, seed=0, group_size=4)
+        assert len(held_out) == 30 and not data.store.files
+        assert held_out.read(3) and len(data.store.files) == 1
 
 
 def test_each_pair_has_the_same_caption_every_time(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ class ImageTextData(pl.LightningDataModule):
         self.captions = Captions.from_key(caption_key, hard_negatives)
         self.store = ShardStore(PairFormat(self.captions.extensions), cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
-        self.held_out = read_held_out(val, self.manifest, self.store, allow_pipe=allow_pipe)
+        self.held_out = find_held_out(val, self.manifest, self.store, allow_pipe=allow_pipe)
         self.plan = Plan(self.manifest, seed=seed, shuffle_streams=shuffle_streams, shuffle_block=shuffle_block)
         self.augmentation = augmentation
         self.draft = draft
@@ -316,7 +316,7 @@ class ImageTextData(pl.LightningDataModule):
         )
 
 
-def read_held_out(
+def find_held_out(
     val: str | list[str] | dict[str, Any] | None, train: Manifest, store: ShardStore, *, allow_pipe: bool
 ) -> Manifest | None:
     """Find and count the shards of `data.val`.

@@ -65,6 +65,7 @@ def read_held_out(manifest: Manifest, store: ShardStore, captions: Captions, *, 
             places.append((shard, index))
         except Fault as fault:
             faults.append(f"{shard.path}, {store.key(shard, index)}: {fault.cause}: {fault.detail}")
+    store.close_remote()
     if len(faults) > MAX_UNREADABLE * manifest.num_samples:
         raise UserError(
             f"data.val: {len(faults)} of {manifest.num_samples} captions cannot be used, more than "
