@@ -64,6 +64,20 @@ def clean_text(text: str, clean: str) -> str:
         return function(HUGE_ENTITY.sub(" ", text))
 
 
+def read_merges() -> list[tuple[str, str]]:
+    """Read the pairs of symbols that CLIP's tokenizer joins, in their order, from open_clip's file."""
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : NUM_MERGES + 1]
+    return [(first, second) for first, second in (line.split() for line in lines)]
+
+
+def make_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Return the ids of CLIP's words: all but those of start and end, which come after them."""
+    symbols = list(bytes_to_unicode().values())
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(first + second for first, second in merges)]
+    return {word: index for index, word in enumerate(words)}
+
+
 class ClipTokenizer:
     """CLIP's tokenizer: the ids of `open_clip.SimpleTokenizer`, but special tokens in a caption stay plain text.
 
@@ -84,13 +98,8 @@ class ClipTokenizer:
     @cached_property
     def encoder(self) -> Tokenizer:
         """The Rust tokenizer, built at first use in each process (0.1 s)."""
-        with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : NUM_MERGES + 1]
-        merges = [(first, second) for first, second in (line.split() for line in lines)]
-        symbols = list(bytes_to_unicode().values())
-        words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(first + second for first, second in merges)]
-        bpe = models.BPE({word: index for index, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
-        tokenizer = Tokenizer(bpe)
+        merges = read_merges()
+        tokenizer = Tokenizer(models.BPE(make_vocabulary(merges), merges, end_of_word_suffix="</w>"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return tokenizer
 

@@ -1,12 +1,9 @@
 """CLIP's tokenizer as files of transformers, made from open_clip's list of merges."""
 
-import gzip
 import json
 from pathlib import Path
 
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
-
-from clipmini.data.tokenizer import NUM_MERGES
+from clipmini.data.tokenizer import ClipTokenizer, make_vocabulary, read_merges
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers and the published models write them
 
@@ -20,11 +17,8 @@ def write_tokenizer(directory: Path, context_length: int) -> None:
     Args:
         context_length: tokens of a caption with its start and end, at which `truncation=True` cuts.
     """
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1 : NUM_MERGES + 1]
-    symbols = list(bytes_to_unicode().values())
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges)]
-    vocabulary = {word: index for index, word in enumerate([*words, START, END])}
+    merges = read_merges()
+    vocabulary = {**make_vocabulary(merges), START: ClipTokenizer.start_token, END: ClipTokenizer.end_token}
     options = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": context_length,
@@ -37,7 +31,7 @@ def write_tokenizer(directory: Path, context_length: int) -> None:
         "add_prefix_space": False,
     }
     (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(options, indent=2) + "\n")
     # Not by a constructor: those of transformers 4 and 5 take other arguments.
     from transformers import AutoTokenizer
