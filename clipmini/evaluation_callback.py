@@ -14,7 +14,7 @@ from clipmini.checkpoint import keep_best
 from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
 from clipmini.evaluation.evaluator import Evaluator
-from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows
+from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows, row_scalars
 from clipmini.evaluation.validation import HeldOut, validate
 from clipmini.module import ClipModule
 
@@ -100,9 +100,7 @@ class Evaluation(Callback):
         about = {"model": self.output.parent.name, "step": step}
         for result in self.evaluator.run(encoder, read_rows(self.output), about):
             self.rows.append(result.row)
-            metrics = result.row["metrics"].items()
-            key = f"evaluation/{result.row['key']}"
-            scalars |= {f"{key}/{name}": value for name, value in metrics if value is not None}
+            scalars |= row_scalars(result.row)
             if trainer.is_global_zero and result.finding is not None:
                 add_row(self.output, result.row)
         if step < trainer.max_steps:

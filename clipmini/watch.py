@@ -12,7 +12,16 @@ from clipmini import distributed
 from clipmini.checkpoint import keep_best, list_checkpoints
 from clipmini.errors import UserError
 from clipmini.evaluation.evaluator import Evaluator
-from clipmini.evaluation.results import Row, add_row, find_metric, is_best, log_results, log_short, read_rows
+from clipmini.evaluation.results import (
+    Row,
+    add_row,
+    find_metric,
+    is_best,
+    log_results,
+    log_short,
+    read_rows,
+    row_scalars,
+)
 from clipmini.sources import load_run_checkpoint
 
 log = logging.getLogger(__name__)
@@ -106,6 +115,5 @@ def keep_if_best(path: Path, rows: Sequence[Row], all_rows: Sequence[Row], best_
 def write_scalars(directory: Path, row: Row, step: int) -> None:
     """Write the metrics of a row to TensorBoard."""
     with SummaryWriter(str(directory)) as writer:
-        for name, value in row["metrics"].items():
-            if value is not None:
-                writer.add_scalar(f"evaluation/{row['key']}/{name}", value, step)
+        for name, value in row_scalars(row).items():
+            writer.add_scalar(name, value, step)

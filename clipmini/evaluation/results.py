@@ -132,6 +132,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 # One metric of many
 
 
+def row_scalars(row: Row) -> dict[str, float]:
+    """Return the metrics of a row under the names that they have in metrics.csv and TensorBoard."""
+    return {f"evaluation/{row['key']}/{name}": value for name, value in row["metrics"].items() if value is not None}
+
+
 def find_metric(rows: Sequence[Row], name: str, *, must_exist: bool = True) -> float | None:
     """Return the value of KEY/METRIC, such as imagenet1k/acc1 or imagenet1k/knn/acc1.
 
