@@ -307,9 +307,14 @@ def without_projection(visual: nn.Module) -> Iterator[None]:
         setattr(visual, name, projection)
 
 
+def text_tower(model: Model) -> CLIP | TextTransformer | HFTextEncoder:
+    """Return what holds the layers of the text tower: open_clip's CLIP does so itself."""
+    return model if isinstance(model, CLIP) else model.text
+
+
 def encode_text(model: Model, text: Tensor) -> Tensor:
     """Encode captions: int64 [b, L] to unit vectors [b, D]; L may be shorter than the context, see `padding`."""
-    tower = model if isinstance(model, CLIP) else model.text
+    tower = text_tower(model)
     if isinstance(tower, HFTextEncoder) or padding(model) is None:
         return F.normalize(model.encode_text(text), dim=-1)
     length = text.shape[1]
@@ -337,7 +342,7 @@ def padding(model: Model) -> int | None:
     That is exact for a causal tower that pools at the end token, where nothing looks past it, and for a Hugging Face
     tower, where padding is masked. Other towers look at all their tokens.
     """
-    tower = model if isinstance(model, CLIP) else model.text
+    tower = text_tower(model)
     if isinstance(tower, HFTextEncoder):
         return tower.config.pad_token_id
     if isinstance(tower, TextTransformer) and (tower.cls_emb is not None or tower.use_pad_mask):

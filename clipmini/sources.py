@@ -13,7 +13,6 @@ from typing import Any
 import open_clip
 import yaml
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 
@@ -28,6 +27,7 @@ from clipmini.model import (
     load_weights,
     read_architecture,
     set_preprocess,
+    text_tower,
 )
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def check_tokenizer(model: Model, tokenize: Tokenize) -> None:
     Raises:
         UserError: it does not.
     """
-    tower = model if isinstance(model, CLIP) else model.text
+    tower = text_tower(model)
     text = tokenize(["a photo of a cat"])
     if isinstance(tower, HFTextEncoder):
         known, length = tower.config.vocab_size, text.shape[1]

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, Transformer, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
 from clipmini.export.hugging_face_tokenizer import write_tokenizer
-from clipmini.model import Model, image_size, text_pooling
+from clipmini.model import Model, image_size, text_pooling, text_tower
 
 VOCABULARY = ClipTokenizer.end_token + 1
 RESAMPLING = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers; open_clip evaluates `random` as bicubic
@@ -100,11 +99,6 @@ def activation(block: ResidualAttentionBlock) -> str | None:
     if isinstance(layer, QuickGELU):
         return "quick_gelu"
     return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}.get(getattr(layer, "approximate", ""))
-
-
-def text_tower(model: Model) -> CLIP | TextTransformer | HFTextEncoder:
-    """Return what holds the layers of the text tower: open_clip's CLIP does so itself."""
-    return model if isinstance(model, CLIP) else model.text
 
 
 def write_clip_model(model: Model, directory: Path) -> None:
