@@ -29,7 +29,7 @@ from clipmini.evaluation.results import (
 )
 from clipmini.evaluation.sets import ClassificationSet
 from clipmini.evaluation.tasks import Protocol, check_probes
-from clipmini.model import image_size
+from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model
 from clipmini.watch import watch
 
@@ -155,12 +155,11 @@ def write(result: Result, options: dict[str, Any], source: Source) -> None:
 
 def log_source(source: Source, device: torch.device) -> None:
     """Say what is evaluated, and on what."""
-    count = sum(parameter.numel() for parameter in source.model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    millions = count_parameters(source.model) / 1e6
     log_rows(
         {
-            "model": f"{source.name}, {source.weights}, {count / 1e6:.1f} M parameters, {image_size(source.model)} px",
-            "device": f"{distributed.world_size()} x {name}",
+            "model": f"{source.name}, {source.weights}, {millions:.1f} M parameters, {image_size(source.model)} px",
+            "device": f"{distributed.world_size()} x {launch.describe_device(device)}",
         }
     )
 

@@ -116,6 +116,11 @@ def can_synchronize_batch_norm(processes: Launch, accelerator: str) -> bool:
     return processes.world_size > 1 and accelerator in ("gpu", "cuda")
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or how many threads the CPU has for this process."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def choose_device(device: str, processes: Launch) -> torch.device:
     """Resolve `device` of the commands that do not train: `auto` is this process's GPU if there is one, else the CPU.
 

@@ -179,6 +179,11 @@ def image_size(model: Model) -> int:
     return size if isinstance(size, int) else size[0]
 
 
+def count_parameters(model: Model) -> int:
+    """Return the number of weights of a model, learned or frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def open_clip_config(model: Model) -> dict[str, Any]:
     """Return the content of open_clip's `open_clip_config.json`."""
     return {"model_cfg": model.architecture, "preprocess_cfg": model.visual.preprocess_cfg}

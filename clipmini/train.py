@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -28,7 +27,7 @@ from clipmini.evaluation.results import log_results
 from clipmini.evaluation.tasks import Protocol
 from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
-from clipmini.model import image_size, padding, synchronize_batch_norm
+from clipmini.model import count_parameters, image_size, padding, synchronize_batch_norm
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
@@ -215,9 +214,8 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, resume: Pa
 
 def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> None:
     """Say what is about to be trained, on what, and on which data."""
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    count = sum(parameter.numel() for parameter in module.model.parameters())
+    device = launch.describe_device(trainer.strategy.root_device)
+    millions = count_parameters(module.model) / 1e6
     seen = data.num_steps * data.batch_size
     pairs = data.manifest.num_samples
     experiment = HydraConfig.get().runtime.choices["experiment"] if HydraConfig.initialized() else "?"
@@ -227,8 +225,8 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
         {
             "run": f"{cfg.name} in {cfg.paths.run}",
             "recipe": f"experiment={experiment}, and what was overridden",
-            "device": f"{trainer.world_size} x {name}, {trainer.precision}",
-            "model": f"{cfg.model.name}, {count / 1e6:.1f} M parameters, {image_size(module.model)} px",
+            "device": f"{trainer.world_size} x {device}, {trainer.precision}",
+            "model": f"{cfg.model.name}, {millions:.1f} M parameters, {image_size(module.model)} px",
             "samples": f"{pairs:,} pairs ({sources})",
             "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
             "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",

@@ -19,7 +19,7 @@ from clipmini.export import hugging_face, onnx_towers
 from clipmini.export.card import Subject, make_card
 from clipmini.export.inputs import encode, make_inputs
 from clipmini.export.parity import check_parity
-from clipmini.model import Model, image_size
+from clipmini.model import Model, count_parameters, image_size
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def export(
         name=name,
         format=format,
         architecture=model.architecture,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=count_parameters(model),
         image_size=image_size(model),
     )
     card = make_card(subject, config=config, results=results, command=command, step=step, license=license)
