@@ -16,17 +16,12 @@ from clipmini.data.loader import default_num_workers
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
+from clipmini.evaluation.details import write_details
 from clipmini.evaluation.encoder import MAX_UNREADABLE, load_pictures, make_batches
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
-from clipmini.evaluation.results import (
-    add_row,
-    log_results,
-    read_rows,
-    write_clip_benchmark,
-    write_details,
-)
+from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
 from clipmini.evaluation.tasks import Protocol, check_probes
 from clipmini.model import count_parameters, image_size

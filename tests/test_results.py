@@ -16,19 +16,17 @@ from test_zero_shot import make_encoder, open_one
 
 from clipmini.console import set_up_logging
 from clipmini.errors import UserError
+from clipmini.evaluation.details import class_table, confusion_table, write_details
 from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, compare, log_comparison, published_name, read_published
 from clipmini.evaluation.results import (
     add_row,
-    class_table,
-    confusion_table,
     find_metric,
     is_best,
     keep_rows,
     log_results,
     read_rows,
     write_clip_benchmark,
-    write_details,
 )
 from clipmini.evaluation.sets import ClassificationSet
 from clipmini.evaluation.tasks import Protocol

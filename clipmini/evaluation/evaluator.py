@@ -1,6 +1,5 @@
 """Sets and a model to rows of results, for the command, for what watches a run, and for training itself."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,13 +12,12 @@ from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
+from clipmini.evaluation.details import class_facts
 from clipmini.evaluation.encoder import PRECISIONS, Encoder
-from clipmini.evaluation.results import Row, class_facts, identity, make_row
+from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_probes, measure
 from clipmini.model import Model, image_size
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

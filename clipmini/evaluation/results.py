@@ -1,16 +1,11 @@
-"""Results: rows of `results.jsonl` (DataComp's fields), tables on the screen, CLIP_benchmark's JSON, details."""
+"""Results: rows of `results.jsonl` (DataComp's fields), tables on the screen, CLIP_benchmark's JSON."""
 
-import csv
-import io
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from clipmini.console import log_table
 from clipmini.errors import UserError, did_you_mean
@@ -222,86 +217,7 @@ def log_remarks(row: Row) -> None:
     log.info("%s: %s", row["key"], "; ".join(remarks))
 
 
-# By class
-
-
-def class_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
-    """Return a row for each class that has pictures: how many, their recall, and what they are taken for most often."""
-    assert finding.labels is not None and finding.predictions is not None
-    table = []
-    for label in np.unique(finding.labels):
-        predictions = finding.predictions[finding.labels == label]
-        taken_for = Counter(predictions[predictions != label].tolist())
-        other, times = taken_for.most_common(1)[0] if taken_for else (None, 0)
-        hits = np.asarray(finding.outcome.units["rank"])[finding.labels == label] == 1
-        table.append(
-            {
-                "class": dataset.class_names[label],
-                "pictures": len(predictions),
-                "recall": float(hits.mean()),
-                "taken_for": "" if other is None else dataset.class_names[other],
-                "times": times,
-            }
-        )
-    return table
-
-
-def class_facts(dataset: ClassificationSet, finding: Finding, shown: int = 5) -> dict[str, Any]:
-    """Return the worst classes and the most frequent confusions, in words."""
-    table = class_table(dataset, finding)
-    worst = sorted(table, key=lambda row: (row["recall"], -row["pictures"], row["class"]))[:shown]
-    confused = sorted(table, key=lambda row: (-row["times"], row["class"]))[:shown]
-    return {
-        "worst_classes": [f"{row['class']} {row['recall']:.0%} of {row['pictures']}" for row in worst],
-        "confusions": [f"{row['class']} as {row['taken_for']} {row['times']}x" for row in confused if row["times"]],
-        "absent_classes": len(dataset.class_names) - len(table),
-    }
-
-
-def confusion_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
-    """Return how often each class was taken for each other one, for the pairs that occur."""
-    assert finding.labels is not None and finding.predictions is not None
-    pairs = Counter(zip(finding.labels.tolist(), finding.predictions.tolist(), strict=True))
-    return [
-        {"class": dataset.class_names[label], "prediction": dataset.class_names[prediction], "pictures": count}
-        for (label, prediction), count in sorted(pairs.items())
-    ]
-
-
-# Files
-
-
-def write_details(directory: Path, dataset: EvaluationSet, finding: Finding, file_format: str) -> None:
-    """Write what was found of each picture and, of a classification, each class and each confusion."""
-    stem = f"{dataset.name}-{finding.task}".replace("/", "-")
-    units = finding.outcome.units
-    if units:
-        rows = [dict(zip(units, values, strict=True)) for values in zip(*units.values(), strict=True)]
-        write_table(directory / f"{stem}-predictions.{file_format}", rows)
-    if isinstance(dataset, ClassificationSet) and finding.predictions is not None:
-        write_table(directory / f"{stem}-classes.{file_format}", class_table(dataset, finding))
-        write_table(directory / f"{stem}-confusion.{file_format}", confusion_table(dataset, finding))
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as .csv or .parquet.
-
-    Raises:
-        UserError: pyarrow is not installed.
-    """
-    if path.suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
-        return
-    try:
-        import pyarrow
-        from pyarrow.parquet import write_table as write
-    except ImportError as error:
-        raise UserError(f"{path}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
-    write_atomically(path, lambda file: write(pyarrow.Table.from_pylist(list(rows)), file))
+# For other programs
 
 
 def write_clip_benchmark(directory: Path, row: Row, model: str, pretrained: str) -> None:

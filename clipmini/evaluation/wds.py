@@ -13,7 +13,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Sample:
 
     where: str
     place: Place
-    members: dict[str, bytes] = field(default_factory=dict)
+    members: dict[str, bytes]
 
 
 def is_wds(root: Path) -> bool:
