@@ -12,12 +12,13 @@ import pyarrow
 import pyarrow.parquet
 from conftest import write_tar
 
+from clipmini.data.index import IMAGE_EXTENSIONS
 from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.entries import SetEntry
 from clipmini.evaluation.sets import ClassificationSet, RetrievalSet
 
 
-def open_one(path: Path, *, with_train: bool = False, **options: Any) -> Opened:
+def open_one(path: Path | str, *, with_train: bool = False, **options: Any) -> Opened:
     (opened,) = open_sets([SetEntry(str(path), **options)], with_train=with_train)
     return opened
 
@@ -47,12 +48,17 @@ def write_npy(values: Any, **options: Any) -> bytes:
 
 
 def write_wds(root: Path, *shards: Sequence[Mapping[str, Any]], split: str = "test", **files: str) -> Path:
-    """Write a set in CLIP_benchmark's layout: members by extension, and files of the root without `.txt`."""
+    """Write a set in CLIP_benchmark's layout: members by extension, and files of the root without `.txt`.
+
+    A sample without a key gets one, and a sample without a picture some bytes in its place.
+    """
     for number, samples in enumerate(shards):
-        rows = [{"__key__": f"s{number}{row}", "png": b"%d-%d" % (number, row)} for row in range(len(samples))]
-        write_tar(
-            root / split / f"{number}.tar", [{**row, **sample} for row, sample in zip(rows, samples, strict=True)]
-        )
+        rows = []
+        for row, sample in enumerate(samples):
+            has_picture = any(extension.lower() in IMAGE_EXTENSIONS for extension in sample)
+            picture = {} if has_picture else {"png": b"%d-%d" % (number, row)}
+            rows.append({"__key__": f"s{number}{row}", **picture, **sample})
+        write_tar(root / split / f"{number}.tar", rows)
     (root / split / "nshards.txt").write_text(f"{len(shards)}\n")
     for name, text in files.items():
         (root / f"{name}.txt").write_text(text)

@@ -9,11 +9,11 @@ import open_clip
 import pytest
 from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_collate_fn
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from conftest import read_sample, write_tar
-from judging import write_npy, write_wds
+from conftest import read_sample
+from judging import open_one, write_npy, write_wds
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from test_model import make_model
-from test_zero_shot import make_encoder, open_one, values
+from test_zero_shot import make_encoder, values
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -37,10 +37,7 @@ class Batches:
 def write_set(root: Path, extension: str, targets: Sequence[bytes], **files: str) -> Path:
     pictures = read_sample("wds_twemoji/test/0.tar", len(targets))
     rows = [{"webp": picture["webp"], extension: target} for picture, target in zip(pictures, targets, strict=True)]
-    root = write_wds(root, [], [], **files)
-    for number, part in enumerate((rows[:11], rows[11:])):
-        write_tar(root / f"test/{number}.tar", [{"__key__": f"s{number}{i}", **row} for i, row in enumerate(part)])
-    return root
+    return write_wds(root, rows[:11], rows[11:], **files)
 
 
 def run_theirs(root: Path, tiny_json: Path, *, captions: bool = False) -> dict[str, float]:

@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from conftest import QUICK, SAMPLE, read_sample, run_clipmini, run_command, write_tar
+from judging import write_wds
 from omegaconf import DictConfig
 
 from clipmini.train import train
@@ -211,15 +212,12 @@ def test_learns_pairs_by_heart_and_names_their_classes(
     samples = read_sample("train/noto-00000.tar", 32)
     write_tar(tmp_path / "shards/a.tar", samples)
     names = [json.loads(sample["json"])["name"] for sample in samples]
-    root = tmp_path / "wds_seen"
     pictures = [
         {"__key__": sample["__key__"], "webp": sample["webp"], "cls": str(label).encode()}
         for label, sample in enumerate(samples)
     ]
-    write_tar(root / "test/0.tar", pictures)
-    (root / "test/nshards.txt").write_text("1\n")
-    (root / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
-    (root / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    files = {"classnames": "".join(f"{name}\n" for name in names), "zeroshot_classification_templates": "{c}\n"}
+    root = write_wds(tmp_path / "wds_seen", pictures, **files)
     overrides = [
         *QUICK,
         f"model.name={tiny_json}",

@@ -34,9 +34,7 @@ def test_classification_of_two_shards(tmp_path: Path) -> None:
 
 def test_extensions_in_upper_case(tmp_path: Path) -> None:
     samples = [{"__key__": "a", "JPEG": b"picture", "CLS": b"1"}]
-    write_wds(tmp_path / "s", [], **PETS)
-    write_tar(tmp_path / "s/test/0.tar", samples)
-    dataset = read_classes(tmp_path / "s")
+    dataset = read_classes(write_wds(tmp_path / "s", samples, **PETS))
     assert dataset.pictures.read(0) == b"picture" and dataset.labels.tolist() == [1]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from conftest import read_sample, write_tar
+from conftest import read_sample
+from judging import open_one, write_wds
 from test_model import make_model
-from test_zero_shot import make_encoder, open_one
+from test_zero_shot import make_encoder
 
 from clipmini.console import set_up_logging
 from clipmini.errors import UserError
@@ -218,13 +219,7 @@ def test_broken_shards_leave_the_file_of_results_as_it_was(tmp_path: Path, tiny_
     for sample in samples:
         sample["webp"] = b"broken"
         sample["cls"] = b"0"
-    write_tar(tmp_path / "wds_b/test/0.tar", samples)
-    for name, text in (
-        ("test/nshards.txt", "1"),
-        ("classnames.txt", "a\nb"),
-        ("zeroshot_classification_templates.txt", "{c}"),
-    ):
-        (tmp_path / "wds_b" / name).write_text(text)
+    root = write_wds(tmp_path / "wds_b", samples, classnames="a\nb", zeroshot_classification_templates="{c}")
     with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
-        run(tmp_path / "wds_b", tiny_json, read_rows(path))
+        run(root, tiny_json, read_rows(path))
     assert path.read_bytes() == before

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import in_processes, read_sample, write_tar
+from conftest import in_processes, read_sample
+from judging import open_one, write_wds
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from test_model import make_model
-from test_zero_shot import make_encoder, open_one, values
+from test_zero_shot import make_encoder, values
 
 from clipmini.errors import UserError
 from clipmini.evaluation.datasets import open_sets
@@ -24,15 +25,11 @@ from clipmini.evaluation.tasks import Protocol, choose, measure, retrieve
 @pytest.fixture(scope="session")
 def retrieval_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """11 pictures with 1 to 3 captions each, in CLIP_benchmark's layout."""
-    root = tmp_path_factory.mktemp("wds_retrieval")
     samples = read_sample("wds_twemoji/test/0.tar", 11)
     for number, sample in enumerate(samples):
         del sample["cls"]
         sample["txt"] = "\n".join(f"picture {number} of {part}" for part in range(1 + number % 3)).encode()
-    write_tar(root / "test/0.tar", samples)
-    (root / "test/nshards.txt").write_text("1")
-    (root / "dataset_type.txt").write_text("retrieval")
-    return root
+    return write_wds(tmp_path_factory.mktemp("wds_retrieval"), samples, dataset_type="retrieval")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +47,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: str, path: str, probes: tuple[str, ...], entry: dict[str, Any], **options: Any) -> list[dict]:
     protocol = Protocol(probes=probes, knn_k=5, **options)
-    found = measure(open_one(path, **entry), make_encoder(make_model(model), batch_size=3), protocol)
+    opened = open_one(path, with_train=bool(probes), **entry)
+    found = measure(opened, make_encoder(make_model(model), batch_size=3), protocol)
     return [{"task": one.task, **values(one)} for one in found]
 
 
@@ -129,7 +127,7 @@ def test_the_chance_of_a_probe_is_what_labels_alone_give(tmp_path: Path, tiny_js
                 (tmp_path / part / name / f"{number}.webp").write_bytes(next(samples)["webp"])
     model = make_model(str(tiny_json))
     torch.nn.init.zeros_(model.visual.proj)  # collapsed
-    opened = open_one(tmp_path / "test", train=str(tmp_path / "train"))
+    opened = open_one(tmp_path / "test", with_train=True, train=str(tmp_path / "train"))
     _, knn, probe = measure(opened, make_encoder(model), Protocol(probes=("knn", "linear_probe"), knn_k=3))
     assert values(knn)["acc1"] == 0
     assert values(probe)["acc1"] <= probe.outcome.chance["acc1"] == 0.75

@@ -10,7 +10,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_processes, read_sample, write_tar
+from conftest import in_processes, read_sample
+from judging import open_one, write_npy, write_wds
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from test_model import make_model
@@ -19,25 +20,22 @@ from clipmini.data.decode import open_image
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
-from clipmini.evaluation.datasets import Opened, open_set
 from clipmini.evaluation.encoder import Encoder
-from clipmini.evaluation.entries import SetEntry
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.sets import ClassificationSet
 from clipmini.evaluation.tasks import Finding, Protocol, measure, permutation, rank_classes
 from clipmini.model import Model, encode_image
 
 CPU = torch.device("cpu")
+SEVEN = {
+    "classnames": "".join(f"thing {number}\n" for number in range(7)),
+    "zeroshot_classification_templates": "a photo of {c}\n{}\n",
+}
 
 
 def make_encoder(model: Model, batch_size: int = 4, num_workers: int = 0, cache: Path | None = None) -> Encoder:
     evaluator = Evaluator([], Protocol(), batch_size, num_workers, "fp32")
     return evaluator.encoder(model, ClipTokenizer(24), CPU, FeatureCache(cache) if cache else None)
-
-
-def open_one(path: Path | str, **entry: Any) -> Opened:
-    (opened,) = open_set(SetEntry(str(path), **entry), with_train="train" in entry)
-    return opened
 
 
 def classify(model: Model, path: Path, **options: Any) -> Finding:
@@ -100,15 +98,10 @@ def test_numbers_equal_a_float64_loop(classification_set: Path, tiny_json: Path)
 @pytest.fixture(scope="module")
 def prime_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """23 pictures of 7 classes in one shard: no number of processes, workers or pictures at a time divides them."""
-    root = tmp_path_factory.mktemp("wds_prime")
     samples = read_sample("wds_twemoji/test/0.tar", 23)
     for number, sample in enumerate(samples):
         sample["cls"] = str(number % 7).encode()
-    write_tar(root / "test/0.tar", samples)
-    (root / "test/nshards.txt").write_text("1")
-    (root / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(7)))
-    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n{}\n")
-    return root
+    return write_wds(tmp_path_factory.mktemp("wds_prime"), samples, **SEVEN)
 
 
 def evaluate_all(model: str, directory: str, cases: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -192,22 +185,14 @@ def test_shuffled_falls_to_chance(tmp_path: Path, tiny_json: Path) -> None:
 
 
 def test_multilabel_is_scikit_learns(tmp_path: Path, tiny_json: Path) -> None:
-    root = tmp_path / "wds_many"
     rng = np.random.default_rng(1)
     samples = read_sample("wds_twemoji/test/0.tar", 20)
     targets = (rng.random((20, 3)) < 0.4).astype(np.uint8)
     for sample, target in zip(samples, targets, strict=True):
         del sample["cls"]
-        np.save(tmp_path / "row.npy", target)
-        sample["npy"] = (tmp_path / "row.npy").read_bytes()
-    write_tar(root / "test/0.tar", samples)
-    for name, text in (
-        ("test/nshards.txt", "1"),
-        ("classnames.txt", "a\nb\nc"),
-        ("zeroshot_classification_templates.txt", "a {c}"),
-        ("dataset_type.txt", "multilabel"),
-    ):
-        (root / name).write_text(text)
+        sample["npy"] = write_npy(target)
+    files = {"classnames": "a\nb\nc", "zeroshot_classification_templates": "a {c}", "dataset_type": "multilabel"}
+    root = write_wds(tmp_path / "wds_many", samples, **files)
     model = make_model(str(tiny_json))
     finding = classify(model, root)
     dataset, encoder = open_one(root).dataset, make_encoder(model)
@@ -227,33 +212,26 @@ def test_modes_and_random_numbers_are_given_back(classification_set: Path, tiny_
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def with_broken_picture(classification_set: Path, tmp_path: Path, count: int) -> Path:
-    root = tmp_path / "wds_broken"
+def with_broken_picture(tmp_path: Path, count: int) -> Path:
     samples = read_sample("wds_twemoji/test/0.tar", count)
     samples[1]["webp"] = b"broken"
     for sample in samples:
         sample["cls"] = b"1"
-    write_tar(root / "test/0.tar", samples)
-    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        (root / name).write_text((classification_set / name).read_text())
-    (root / "test/nshards.txt").write_text("1")
-    return root
+    return write_wds(tmp_path / "wds_broken", samples, **SEVEN)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_more_than_one_percent_of_unreadable_pictures_is_an_error(
-    num_workers: int, classification_set: Path, tiny_json: Path, tmp_path: Path
+    num_workers: int, tiny_json: Path, tmp_path: Path
 ) -> None:
-    root = with_broken_picture(classification_set, tmp_path, 99)
+    root = with_broken_picture(tmp_path, 99)
     message = "1 of 99 pictures cannot be read, more than 1%.*: s0000001: picture: not a JPEG, PNG or WebP"
     with pytest.raises(UserError, match=message):
         classify(make_model(str(tiny_json)), root, num_workers=num_workers)
 
 
-def test_fewer_unreadable_pictures_are_counted_and_left_out(
-    classification_set: Path, tiny_json: Path, tmp_path: Path
-) -> None:
-    finding = classify(make_model(str(tiny_json)), with_broken_picture(classification_set, tmp_path, 101))
+def test_fewer_unreadable_pictures_are_counted_and_left_out(tiny_json: Path, tmp_path: Path) -> None:
+    finding = classify(make_model(str(tiny_json)), with_broken_picture(tmp_path, 101))
     assert finding.outcome.count == 100 and len(finding.unreadable) == 1
     assert "s0000001" not in finding.outcome.units["key"]
 
