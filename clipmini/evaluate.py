@@ -1,7 +1,6 @@
 """`clipmini evaluate`: sets and a trained model to numbers, each with its interval and what chance gives."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def describe(opened: Opened) -> str:
     dataset = opened.dataset
     if not isinstance(dataset, ClassificationSet):
         return f"{len(dataset.captions):,} captions"
-    sentences = Counter(map(len, dataset.prompts))
+    sentences = set(map(len, dataset.prompts))
     per_class = f"{min(sentences)}" if len(sentences) == 1 else f"{min(sentences)} to {max(sentences)}"
     present = dataset.labels.max(axis=0).sum() if dataset.is_multilabel else len(set(dataset.labels.tolist()))
     return f"{len(dataset.class_names):,} classes, {present:,} with pictures, {per_class} sentences each"

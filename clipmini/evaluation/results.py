@@ -11,7 +11,7 @@ from clipmini.console import log_table
 from clipmini.errors import UserError, did_you_mean
 from clipmini.evaluation.metrics import RECALL_AT, estimate
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
-from clipmini.evaluation.tasks import Finding, Protocol
+from clipmini.evaluation.tasks import PROBES, Finding, Protocol
 from clipmini.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,8 @@ def make_row(dataset: EvaluationSet, finding: Finding, protocol: Protocol, about
     if "acc1" in metrics:
         metrics.setdefault("acc5", None)  # as DataComp has it for fewer than 5 classes
     classes = {"classes": len(dataset.class_names)} if isinstance(dataset, ClassificationSet) else {}
-    is_main = finding.task not in ("knn", "linear_probe")
     return {
-        "key": dataset.name if is_main else f"{dataset.name}/{finding.task}",
+        "key": f"{dataset.name}/{finding.task}" if finding.task in PROBES else dataset.name,
         "dataset": dataset.name,
         "task": finding.task,
         "metrics": {**metrics, "main_metric": metrics[finding.outcome.main]},

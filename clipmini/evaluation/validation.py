@@ -89,10 +89,10 @@ def validate(held_out: HeldOut, encoder: Encoder, loss: ContrastiveLoss) -> dict
     order of the shards neighbours may be alike, and would be harder to tell apart than those of a training batch.
     """
     encoded = encoder.pictures(held_out)
-    kept = encoded.kept.tolist()
-    text = encoder.texts([held_out.captions[number] for number in kept])
-    ids = caption_ids([held_out.captions[number] for number in kept]).to(encoder.device)
-    num_groups = max(1, len(kept) // held_out.group_size)
+    captions = [held_out.captions[number] for number in encoded.kept.tolist()]
+    text = encoder.texts(captions)
+    ids = caption_ids(captions).to(encoder.device)
+    num_groups = max(1, len(captions) // held_out.group_size)
     model = encoder.model
     totals = {"loss": 0.0, "accuracy": 0.0}
     with distributed.alone():  # every process has all pairs
@@ -101,5 +101,5 @@ def validate(held_out: HeldOut, encoder: Encoder, loss: ContrastiveLoss) -> dict
             features = {"image": encoded.features[rows], "text": text[rows]}
             found = loss(features, scale=model.logit_scale.exp(), bias=model.logit_bias, ids=ids[rows])
             for name in totals:
-                totals[name] += float(found[name]) * len(ids[rows]) / len(kept)
+                totals[name] += float(found[name]) * len(ids[rows]) / len(captions)
     return totals

@@ -111,7 +111,7 @@ def front_matter(subject: Subject, results: Sequence[Mapping[str, Any]], license
         content["license"] = license
     entries = [
         {
-            "task": {"type": str(row.get("task", TASK)).replace("_", "-")},
+            "task": {"type": row_task(row)},
             "dataset": {"name": row_name(row), "type": row_name(row)},
             "metrics": [{"type": name, "value": value} for name, value in metrics_of(row)],
         }
@@ -125,6 +125,10 @@ def front_matter(subject: Subject, results: Sequence[Mapping[str, Any]], license
 
 def row_name(row: Mapping[str, Any]) -> str:
     return str(row.get("dataset") or row.get("key"))
+
+
+def row_task(row: Mapping[str, Any]) -> str:
+    return str(row.get("task", TASK)).replace("_", "-")
 
 
 def metrics_of(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -202,7 +206,7 @@ def describe_metrics(results: Sequence[Mapping[str, Any]]) -> str:
             interval = "-" if low is None or high is None else f"{low:.4g} to {high:.4g}"
             chance = (row.get("chance") or {}).get(metric)
             figures = (f"{value:.4g}", interval, "-" if chance is None else f"{chance:.4g}")
-            rows.append((name, str(row.get("task", TASK)).replace("_", "-"), metric, *figures, *size))
+            rows.append((name, row_task(row), metric, *figures, *size))
     if not rows:
         return "## Metrics\n\nNone were measured.\n"
     columns = ("data set", "task", "metric", "value", "95 % interval", "chance", "classes", "pictures")
