@@ -22,7 +22,7 @@ from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
 from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
-from clipmini.evaluation.tasks import Protocol, check_probes
+from clipmini.evaluation.tasks import Protocol, check_protocol
 from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model
 from clipmini.watch import watch
@@ -75,7 +75,7 @@ def check_options(options: dict[str, Any]) -> None:
 def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -> None:
     """Read the sets, load the model, and write results."""
     protocol, num_workers = make_protocol(options), options["num_workers"]
-    check_probes(protocol)
+    check_protocol(protocol)
     entries = read_entries(options["datasets"], "datasets")
     evaluator = Evaluator(
         open_sets(entries, with_train=bool(options["probes"])),

@@ -114,6 +114,8 @@ def test_check_reads_everything_without_a_model(
         (["datasets=[{path:nowhere,clases:a}]"], "unknown key datasets[0].clases (did you mean 'class_names'"),
         (["model=nowhere"], "model=nowhere: neither a file nor a directory, and no NAME/TAG of open_clip"),
         (["precision=fp8"], "precision=fp8: is one of fp32, bf16, fp16"),
+        (["num_workers=-1"], "num_workers=-1: must be 0 or more, or null"),
+        (["seed=-1"], "seed=-1: must be from 0 to 4294967295"),
         (["device=tpu"], "device=tpu: is auto, cpu or cuda"),
         (["device=cuda"], "device=cuda: torch sees no GPU here"),
         (["probes=[kn]"], "probes=kn: no such probe; there are knn, linear_probe"),

@@ -16,7 +16,7 @@ from clipmini.evaluation.details import class_facts
 from clipmini.evaluation.encoder import PRECISIONS, Encoder
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
-from clipmini.evaluation.tasks import Finding, Protocol, check_probes, measure
+from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
 from clipmini.model import Model, image_size
 
 
@@ -51,9 +51,11 @@ class Evaluator:
     precision: str
 
     def __post_init__(self) -> None:
-        check_probes(self.protocol)
+        check_protocol(self.protocol)
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: must be 1 or more")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers={self.num_workers}: must be 0 or more, or null")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision={self.precision}: is one of {', '.join(PRECISIONS)}")
 

@@ -198,8 +198,8 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
     return Finding(name, outcome, known.unreadable + asked.unreadable, labels, predictions, facts)
 
 
-def check_probes(protocol: Protocol) -> None:
-    """See that the probes are known, and their numbers can work.
+def check_protocol(protocol: Protocol) -> None:
+    """See that the probes are known, and all numbers can work.
 
     Raises:
         UserError: they are not.
@@ -215,6 +215,8 @@ def check_probes(protocol: Protocol) -> None:
         raise UserError(f"l2={protocol.l2}: must be 0 or more, or null")
     if protocol.resamples < 0:
         raise UserError(f"bootstrap_resamples={protocol.resamples}: must be 0 or more")
+    if not 0 <= protocol.seed < 2**32:
+        raise UserError(f"seed={protocol.seed}: must be from 0 to {2**32 - 1}")
 
 
 # Captions
