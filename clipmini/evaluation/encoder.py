@@ -194,13 +194,14 @@ class Encoder:
         # Of like lengths together: what is padding to all of a batch is not computed. Characters tell enough.
         ordered = sorted(set(sentences), key=lambda sentence: (len(sentence), sentence))
         shares = self.shares(len(ordered))
-        parts = [torch.empty(0, self.model.architecture["embed_dim"], device=self.device)]
+        parts = []
         with self.ready():
             for batch in shares[distributed.rank()]:
                 text = trim(self.tokenize(ordered[batch.start : batch.stop]), padding(self.model)).to(self.device)
                 parts.append(encode_text(self.model, text).float())
         self.sentences += len(ordered)
-        gathered = distributed.all_gather_uneven(torch.cat(parts))
+        mine = torch.cat(parts) if parts else torch.empty(0, self.model.architecture["embed_dim"], device=self.device)
+        gathered = distributed.all_gather_uneven(mine)
         numbers = (number for of_rank in shares for batch in of_rank for number in batch)  # as they are gathered
         rows = {ordered[number]: row for row, number in enumerate(numbers)}
         return gathered[torch.tensor([rows[sentence] for sentence in sentences], dtype=torch.long, device=self.device)]
