@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from clipmini.redaction import RedactingFormatter
+
 Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False) -> None:
-    """Send the first process's log to the screen and to a file, and of the others only what goes wrong.
+    """Send the first process's log to the screen and to a file, and of the others only what goes wrong; no secrets.
 
     Args:
         to_stderr: all of it, where stdout is for results; else only errors.
@@ -40,12 +42,11 @@ def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False)
     root.handlers.clear()
     stderr_level = logging.NOTSET if to_stderr else logging.ERROR
     handlers: list[logging.Handler] = [ConsoleHandler(logging.NOTSET if is_first else logging.ERROR, stderr_level)]
-    if not is_first:
-        handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-    elif file:
+    handlers[0].setFormatter(RedactingFormatter("%(message)s" if is_first else f"rank {rank}: %(message)s"))
+    if is_first and file:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers[-1].setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from clipmini.export.card import Subject, make_card
-from clipmini.export.redaction import REDACTED, is_secret, redact, redact_command
+from clipmini.redaction import REDACTED, is_secret, redact, redact_command
 
 CONFIG = {
     "name": "mine",

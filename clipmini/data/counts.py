@@ -22,6 +22,7 @@ from clipmini.data.threads import map_in_threads
 from clipmini.data.told import REQUESTS, read_told_counts
 from clipmini.errors import UserError
 from clipmini.files import write_atomically
+from clipmini.redaction import redact_addresses
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class KeptCounts:
         directories = sorted({parent(shard.path) for shard in shards})
         digest = hashlib.sha256("\n".join(directories).encode()).hexdigest()[:32]
         self.paths = [cache.directory / "counts" / f"{digest}.json"]
-        self.name = lambda shard: shard.path
+        self.name = lambda shard: name_of(shard.path)
         if len(directories) == 1 and not is_remote(directories[0]):
             self.paths.insert(0, Path(directories[0]) / INDEX_NAME)
             self.name = lambda shard: base_name(shard.path)
@@ -201,6 +202,12 @@ class KeptCounts:
             return
         if must:
             raise UserError(f"the counts cannot be kept ({'; '.join(problems)}): set paths.cache")
+
+
+def name_of(path: str) -> str:
+    """Return a path to keep: without the credentials of an address, and with a hash where it had some."""
+    clean = redact_addresses(path)
+    return path if clean == path else f"{clean}#{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini.errors import UserError
+from clipmini.redaction import redact_message
 
 # Why a sample cannot be used.
 CAUSES = (
@@ -54,7 +55,7 @@ class BadSample:
 
     def row(self) -> dict[str, Any]:
         """Return what `quarantine.jsonl` says of it."""
-        return asdict(self)
+        return {**asdict(self), "shard": redact_message(self.shard), "detail": redact_message(self.detail)}
 
 
 class Health:

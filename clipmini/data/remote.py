@@ -18,6 +18,7 @@ import fsspec
 
 from clipmini.data.threads import Task, in_thread, watch, within
 from clipmini.errors import UserError
+from clipmini.redaction import redact_message
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ class Remote:
                 is_full = isinstance(failure, OSError) and failure.errno in (ENOSPC, EDQUOT)
                 if isinstance(failure, FileNotFoundError) or (is_full and attempt >= FEW_TRIES):
                     raise
-                message = f"{what}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+                reason = redact_message(" ".join(str(failure).split()))[:300]
+                message = f"{redact_message(what)}: {type(failure).__name__}: {reason}"
                 if is_refusal(failure):
                     raise Refused(f"{message}; give credentials in the environment") from error
                 pause = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)

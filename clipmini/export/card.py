@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from clipmini.checkpoint import flatten
-from clipmini.export.redaction import redact, redact_command
+from clipmini.checkpoints.resume import flatten
+from clipmini.redaction import redact, redact_command
 
 TASK = "zero-shot-image-classification"
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}

@@ -27,7 +27,7 @@ def run(overrides: Sequence[str]) -> int:
     cfg = config.compose("export", overrides)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     set_up_logging(None)
-    source = load_model(cfg.model, architecture=cfg.architecture)
+    source = load_model(cfg.model, architecture=cfg.architecture, weights=cfg.weights)
     weights = hash_weights(source.model)
     known = read_rows(source.run / "results.jsonl") if source.run else []
     export(

@@ -18,6 +18,7 @@ from clipmini.data.index import PairFormat
 from clipmini.data.locate import locate
 from clipmini.data.manifest import read_sources
 from clipmini.errors import UserError, did_you_mean
+from clipmini.redaction import redact_message
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def print_plan(overrides: Sequence[str]) -> None:
         for position, number, shard_number, index in zip(*(column.tolist() for column in columns), strict=True):
             source = data.manifest.sources[number]
             shard = source.shards[shard_number]
-            print(step, position, source.name, shard.path, index, data.store.key(shard, index) or "-", sep="\t")
+            key = data.store.key(shard, index) or "-"
+            print(step, position, source.name, redact_message(shard.path), index, key, sep="\t")
 
 
 def read_range(given: Sequence[str]) -> tuple[int, int]:
@@ -115,10 +117,7 @@ def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any]:
     if not any(override.startswith("experiment=") for override in overrides):
         overrides = ["experiment=none", *overrides]
     cfg = config.compose("train", overrides)
-    config.check_node(cfg.data, "data")
-    data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
-    assert isinstance(data, dict)
-    return {str(name): value for name, value in data.items()}, config.build(cfg, "data.cache")
+    return config.read_node(cfg, "data"), config.build(cfg, "data.cache")
 
 
 def index(overrides: Sequence[str]) -> None:
@@ -148,7 +147,8 @@ def verify(overrides: Sequence[str]) -> int:
         shards += [shard for shard in found if shard.path not in counts]
     causes: Counter[str] = Counter()
     for defect in find_defects(shards, rules, cache, num_workers=data["num_workers"]):
-        print(defect.shard, defect.key or "-", defect.cause, defect.detail, sep="\t", flush=True)
+        shard, detail = redact_message(defect.shard), redact_message(defect.detail)
+        print(shard, defect.key or "-", defect.cause, detail, sep="\t", flush=True)
         causes[defect.cause] += 1
     by_cause = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
     log.info("%d defects in %d shards%s", causes.total(), len(shards), f": {by_cause}" if causes else "")
