@@ -2,7 +2,8 @@
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +31,18 @@ def parameter_groups(model: Model) -> list[dict]:
             spared = parameter.ndim < 2 or name in undecayed or name in embeddings or "embedding" in name
             (rest if spared else decayed).append(parameter)
     return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+
+
+def match_memory_format(optimizer: Optimizer) -> None:
+    """Lay the state of each parameter out in memory as the parameter is; to be called when a state has been loaded.
+
+    Shards know no channels_last, which convolutions have elsewhere, and fused optimizers pair elements by their place
+    in memory.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def cosine(
