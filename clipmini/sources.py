@@ -3,11 +3,11 @@
 import ast
 import json
 import logging
-import pickle
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -16,8 +16,9 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 
-from clipmini.checkpoint import list_checkpoints, load_checkpoint
+from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoint
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
+from clipmini.ema import AVERAGE, check_weights
 from clipmini.errors import UserError, did_you_mean
 from clipmini.model import (
     Model,
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LOCAL_DIRECTORY = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
+EXPORTED = {"trained": "model", "average": "model_average"}  # directories of a run, by the weights in them
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -44,7 +46,7 @@ class Source:
     Attributes:
         model: on the CPU, in evaluation mode.
         name: of the run, the architecture or the directory.
-        weights: which of its weights: a step, a tag, a file.
+        weights: which of its weights: a step (and that they are the average), a tag, a file.
         step: of the checkpoint, or None.
         run: the directory of the run, if it is in one of clipmini's.
         config: of that run, as plain data, or None.
@@ -68,7 +70,7 @@ class Source:
         return tokenize
 
 
-def load_model(source: str, *, architecture: str | None = None) -> Source:
+def load_model(source: str, *, architecture: str | None = None, weights: str = "trained") -> Source:
     """Load a model.
 
     Args:
@@ -76,19 +78,22 @@ def load_model(source: str, *, architecture: str | None = None) -> Source:
             `local-dir:`, `NAME/TAG` of open_clip, or a file of open_clip's weights (also of its trainer, from DDP).
         architecture: of a file of weights: an open_clip name or a JSON file; None looks into the params.txt of
             open_clip's trainer beside it.
+        weights: of a run or a checkpoint: the `trained` ones, or their `average`.
 
     Raises:
-        UserError: there is no such model, or its weights do not fit.
+        UserError: there is no such model, it has no average, or its weights do not fit.
     """
+    check_weights(weights, "weights")
     path = Path(source.removeprefix(LOCAL_DIRECTORY))
     if architecture is not None and not (path.is_file() and path.suffix in WEIGHTS):
         raise UserError(f"architecture={architecture}: is for files of weights ({', '.join(WEIGHTS)}), not {source}")
-    if source.startswith(LOCAL_DIRECTORY) or (path / CONFIG_FILE).is_file():
+    is_open_clip = source.startswith(LOCAL_DIRECTORY) or (path / CONFIG_FILE).is_file()
+    if path.is_dir() and not is_open_clip:
+        loaded = (load_run_checkpoint if path.suffix == ".ckpt" else load_run)(path, weights)
+    elif weights != "trained":
+        raise UserError(f"weights={weights}: is for runs and their checkpoints, not {source}")
+    elif is_open_clip:
         loaded = load_directory(path)
-    elif path.is_dir():
-        loaded = load_run(path)
-    elif path.is_file() and path.suffix == ".ckpt":
-        loaded = load_run_checkpoint(path)
     elif path.is_file():
         loaded = load_file(path, architecture)
     else:
@@ -97,26 +102,34 @@ def load_model(source: str, *, architecture: str | None = None) -> Source:
     return loaded
 
 
-def load_run(run: Path) -> Source:
-    """Load the newest checkpoint of a run or, where all are deleted, its exported model."""
-    found = list_checkpoints(run / "checkpoints")
-    if found:
-        return load_run_checkpoint(found[-1])
-    if (run / "model" / CONFIG_FILE).is_file():
-        return load_directory(run / "model")
+def load_run(run: Path, weights: str = "trained") -> Source:
+    """Load the newest checkpoint of a run or, where all are deleted, what it exported."""
+    if newest := find_newest_valid(run / "checkpoints"):
+        return load_run_checkpoint(newest, weights)
+    exported = EXPORTED[weights]
+    if (run / exported / CONFIG_FILE).is_file():
+        return load_directory(run / exported)
     raise UserError(
-        f"model={run}: neither a run (checkpoints/step-*.ckpt, model/) nor an open_clip directory ({CONFIG_FILE})"
+        f"model={run}: neither a run (checkpoints/step-*.ckpt, {exported}/) nor an open_clip directory ({CONFIG_FILE})"
     )
 
 
-def load_run_checkpoint(path: Path) -> Source:
-    """Load a checkpoint of clipmini's."""
+def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
+    """Load a checkpoint of clipmini's, with the trained weights or their average.
+
+    Raises:
+        UserError: it cannot be read, has no average, or does not fit.
+    """
     content = read_checkpoint(path)
     model = create_described(content["open_clip_config"], f"model={path}")
     prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in content["state_dict"].items()}
+    values = {name.removeprefix(prefix): value for name, value in content["state_dict"].items()}
+    if weights == "average":
+        if AVERAGE not in content:
+            raise UserError(f"model={path}: weights=average: there is none in it, the run had ema.decay=null")
+        values |= content[AVERAGE]
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(values)
     except RuntimeError as error:
         raise UserError(f"model={path}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
     directory = path.resolve().parent
@@ -124,7 +137,8 @@ def load_run_checkpoint(path: Path) -> Source:
     config = content.get("hyper_parameters")
     step = int(content["global_step"])
     name = run.name if run else path.stem
-    return Source(model, name, f"step {step}", step, run, config if isinstance(config, dict) else None)
+    which = f"step {step}" if weights == "trained" else f"step {step} average"
+    return Source(model, name, which, step, run, config if isinstance(config, dict) else None)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -135,6 +149,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = load_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"model={path}: {error}") from error
     except Exception as error:  # of pickle, zipfile: damage has no common class
         raise UserError(f"model={path}: cannot be read: {tell(error)}") from error
     if not isinstance(content, dict) or not {"state_dict", "open_clip_config", "global_step"} <= content.keys():
@@ -144,7 +160,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def tell(error: Exception) -> str:
     """Say in one line why a file cannot be read, without torch's advice to run the code in it."""
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, UnpicklingError):
         return "it is damaged, or holds code, which is not run"
     return (str(error).split(" In PyTorch 2.6")[0].splitlines() or [type(error).__name__])[0]
 
@@ -176,8 +192,9 @@ def load_directory(directory: Path) -> Source:
         raise UserError(f"model={directory}: no weights in it (open_clip_model.safetensors)")
     load_weights(model, weights, f"model={directory}: {Path(weights).name} does not fit {CONFIG_FILE}")
     run = directory.resolve().parent
-    if directory.resolve().name == "model" and (run / "config.yaml").is_file():
-        return Source(model, run.name, "model", run=run, config=read_run_config(run))
+    name = directory.resolve().name
+    if name in EXPORTED.values() and (run / "config.yaml").is_file():
+        return Source(model, run.name, name, run=run, config=read_run_config(run))
     return Source(model, directory.resolve().name, Path(weights).name)
 
 

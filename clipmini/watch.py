@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipmini import distributed
-from clipmini.checkpoint import keep_best, list_checkpoints
+from clipmini.checkpoints.disk import BEST, keep_best, list_checkpoints
 from clipmini.errors import UserError
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import (
@@ -33,6 +33,7 @@ def watch(
     output: Path,
     device: torch.device,
     *,
+    weights: str,
     best_metric: str | None,
     poll_seconds: float,
 ) -> None:
@@ -43,6 +44,7 @@ def watch(
 
     Args:
         run: its directory.
+        weights: `trained` or `average`.
         best_metric: SET/METRIC; the best checkpoint by it is kept as checkpoints/best.ckpt.
 
     Raises:
@@ -58,7 +60,7 @@ def watch(
         has_ended, found = distributed.all_gather_objects((has_finished(run), list_checkpoints(run / "checkpoints")))[0]
         for path in found:
             if path not in seen:
-                rows = evaluate_checkpoint(path, evaluator, output, device, best_metric) or rows
+                rows = evaluate_checkpoint(path, evaluator, output, device, weights, best_metric) or rows
         seen |= set(found)
         if not has_ended:
             time.sleep(poll_seconds)
@@ -73,7 +75,7 @@ def has_finished(run: Path) -> bool:
 
 
 def evaluate_checkpoint(
-    path: Path, evaluator: Evaluator, output: Path, device: torch.device, best_metric: str | None
+    path: Path, evaluator: Evaluator, output: Path, device: torch.device, weights: str, best_metric: str | None
 ) -> list[Row]:
     """Evaluate a checkpoint and write what is found, also to the run's TensorBoard, at the checkpoint's step.
 
@@ -81,7 +83,7 @@ def evaluate_checkpoint(
         Its results, also those that were known; none if the checkpoint is gone.
     """
     try:
-        source = load_run_checkpoint(path)
+        source = load_run_checkpoint(path, weights)
     except UserError:
         if path.exists():
             raise
@@ -89,7 +91,7 @@ def evaluate_checkpoint(
         return []
     encoder = evaluator.encoder(source.model.to(device), source.tokenizer(), device)
     rows = []
-    about = {"model": source.name, "step": source.step}
+    about = {"model": source.name if weights == "trained" else f"{source.name} average", "step": source.step}
     for result in evaluator.run(encoder, read_rows(output), about):
         rows.append(result.row)
         if distributed.rank() == 0 and result.finding is not None:
@@ -108,8 +110,13 @@ def keep_if_best(path: Path, rows: Sequence[Row], all_rows: Sequence[Row], best_
     others = [row for row in all_rows if row.get("step") != rows[0]["step"]]
     known = [found for row in others if (found := find_metric([row], best_metric, must_exist=False)) is not None]
     if value is not None and is_best(value, known, best_metric):
-        keep_best(path)
-        log.info("%s = %.4f: the best so far, kept as %s", best_metric, value, path.with_name("best.ckpt"))
+        if path.exists():
+            keep_best(path)
+            log.info("%s = %.4f: the best so far, kept as %s", best_metric, value, path.with_name(BEST))
+        else:
+            log.warning(
+                "%s = %.4f: the best so far, but %s is deleted (checkpoint.keep_last)", best_metric, value, path
+            )
 
 
 def write_scalars(directory: Path, row: Row, step: int) -> None:

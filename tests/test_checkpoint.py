@@ -1,38 +1,123 @@
-"""Checkpoints are complete or absent, a resumed run equals an uninterrupted one, and open_clip loads the export."""
+"""Checkpoints are complete or absent, and checked before they are used; killed and full disks lose none."""
 
+import collections
+import hashlib
+import json
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import open_clip
 import pytest
 import torch
-from conftest import QUICK
-from omegaconf import DictConfig
-from PIL import Image
-from test_model import make_model
+from conftest import save_checkpoint
 
-from clipmini import checkpoint
-from clipmini.data.decode import EvaluationTransform
-from clipmini.data.tokenizer import ClipTokenizer
+import clipmini.files
+from clipmini.checkpoints import disk
+from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.errors import UserError
-from clipmini.model import encode_image, encode_text
-from clipmini.train import train
 
-Compose = Callable[..., DictConfig]
+
+def save(directory: Path, step: int, value: float = 0.0) -> Path:
+    """Write a checkpoint with one weight."""
+    content = {"global_step": step, "state_dict": {"w": torch.full((40,), value)}}
+    return save_checkpoint(content, path_of(directory, step))
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}.ckpt"
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
 
 
 def test_checkpoints_are_listed_by_step(tmp_path: Path) -> None:
-    for name in ("step-00000020.ckpt", "step-00000003.ckpt", ".step-00000030.ckpt.7.tmp", "step-x.ckpt", "other.ckpt"):
-        (tmp_path / name).touch()
-    found = checkpoint.list_checkpoints(tmp_path)
-    assert [checkpoint.checkpoint_step(path) for path in found] == [3, 20]
+    for name in ("step-00000020.ckpt", "step-00000003.ckpt", ".step-00000030.ckpt.tmp", "step-x.ckpt", "other.ckpt"):
+        (tmp_path / name).mkdir()
+    found = disk.list_checkpoints(tmp_path)
+    assert [disk.checkpoint_step(path) for path in found] == [3, 20]
 
 
-@pytest.mark.parametrize(("every", "keep"), [(0, 2), (5, 1)])
-def test_limits(every: int, keep: int) -> None:
-    with pytest.raises(UserError, match="checkpoint.every_n_steps=.*checkpoint.keep_last="):
-        checkpoint.SaveCheckpoints(directory="x", every_n_steps=every, keep_last=keep)
+def test_a_manifest_says_what_a_checkpoint_is(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    manifest = disk.verify_checkpoint(path)
+    content = (path / "rank-00000.pt").read_bytes()
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert manifest["files"] == {"rank-00000.pt": record} and manifest["step"] == 7
+    assert torch.equal(disk.load_checkpoint(path)["state_dict"]["w"], torch.zeros(40))
+
+
+def flip_a_bit(path: Path) -> None:
+    file = path / "rank-00000.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit": (flip_a_bit, "rank-00000.pt is not what was written"),
+    "cut": (lambda path: os.truncate(path / "rank-00000.pt", 100), "rank-00000.pt has 100 bytes of"),
+    "empty": (lambda path: os.truncate(path / "rank-00000.pt", 0), "rank-00000.pt has 0 bytes of"),
+    "part gone": (lambda path: (path / "rank-00000.pt").unlink(), "rank-00000.pt has no bytes of"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing or cannot be read"),
+    "half a manifest": (lambda path: os.truncate(path / "manifest.json", 60), "manifest.json is missing or cannot"),
+    "other manifest": (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json is missing or cannot"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_falls_back_past_corrupt(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    action, message = DAMAGES[damage]
+    action(path_of(tmp_path, 3))
+    with pytest.raises(disk.Damaged, match=message):
+        disk.load_checkpoint(path_of(tmp_path, 3))
+    assert disk.find_newest_valid(tmp_path) == path_of(tmp_path, 2)
+    assert f"{path_of(tmp_path, 3)} is not used: " in caplog.text and message in caplog.text
+    # The run goes on from 2: what is damaged is out of its way, but not lost.
+    disk.set_aside(tmp_path, path_of(tmp_path, 2))
+    assert names(tmp_path) == ["damaged-step-00000003.ckpt", "step-00000001.ckpt", "step-00000002.ckpt"]
+
+
+def test_never_silently_restarts(tmp_path: Path) -> None:
+    assert disk.find_newest_valid(tmp_path / "new") is None
+    for step in (1, 2):
+        flip_a_bit(save(tmp_path, step))
+    with pytest.raises(UserError, match="none of the 2 checkpoints in .* is valid.*choose another name="):
+        disk.find_newest_valid(tmp_path)
+    assert len(names(tmp_path)) == 2
+
+
+def test_retention(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save(tmp_path, step)
+        if step == 2:
+            disk.keep_best(path_of(tmp_path, step))
+        disk.prune(tmp_path, 2, 3)
+    steps = [2, 3, 6, 7]  # the best, multiples of 3, the last two
+    assert disk.list_checkpoints(tmp_path) == [path_of(tmp_path, step) for step in steps]
+    assert disk.load_checkpoint(tmp_path / "best.ckpt")["global_step"] == 2
+    disk.keep_best(path_of(tmp_path, 7))
+    disk.prune(tmp_path, 2, None)
+    assert names(tmp_path) == ["best.ckpt", "step-00000006.ckpt", "step-00000007.ckpt"]
+
+
+def test_what_cannot_be_deleted_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError("busy")))
+    disk.prune(tmp_path, 2, None)
+    assert "step-00000001.ckpt cannot be deleted: busy" in caplog.text
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 1, 1.0)
+    path = save(tmp_path, 1, 2.0)
+    assert disk.load_checkpoint(path)["state_dict"]["w"][0] == 2 and names(tmp_path) == [path.name]
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path: Path) -> None:
@@ -40,119 +125,144 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "evil"),)
 
-    torch.save({"state_dict": Evil()}, tmp_path / "step-1.ckpt")
+    path = save_checkpoint({"state_dict": Evil()}, path_of(tmp_path, 1))
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        checkpoint.load_checkpoint(tmp_path / "step-1.ckpt")
+        disk.load_checkpoint(path)
     assert not (tmp_path / "evil").exists()
 
 
-def test_another_config_is_refused_by_key() -> None:
-    then = {"seed": 0, "model": {"name": "a", "x": [1]}, "trainer": {"precision": "16"}, "steps": 5}
-    checkpoint.check_same_run({**then, "trainer": {"precision": "32"}, "steps": 9}, then, Path("run"))
-    with pytest.raises(UserError, match=r"run holds a run of another .*model.name: was a, now b; seed: was 0, now 1"):
-        checkpoint.check_same_run({**then, "seed": 1, "model": {"name": "b", "x": [1]}}, then, Path("run"))
+# Killed at any moment
 
 
-def run(compose: Compose, tiny_json: Path, shards: Path, directory: Path, *overrides: str) -> Path:
-    train(compose(*QUICK, f"model.name={tiny_json}", f"data.train={shards}", f"paths.run={directory}", *overrides))
-    return directory
+class Recorder:
+    """Numbers what is done to the disk, notes it, and ends the process like a power cut at one of these points."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last = last
+        self.done: list[tuple[str, str]] = []
+
+    def at(self, what: str, path: Any) -> None:
+        if len(self.done) == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.done.append((what, Path(os.fspath(path)).name))
+
+    def install(self) -> None:
+        """Replace what the modules that write checkpoints call; for a process of its own."""
+        for name in ("rename", "replace", "mkdir"):
+            setattr(os, name, self.around(name, getattr(os, name)))
+        files: dict[int, str] = {}
+        fsync, descriptor_open, file_open = os.fsync, os.open, open
+
+        def opened(path: Any, *arguments: Any, **options: Any) -> Any:
+            file = file_open(path, *arguments, **options)
+            files[file.fileno()] = str(path)
+            if file.writable():
+                self.at("open", path)
+                return RecordedFile(file, str(path), self)
+            return file
+
+        def os_opened(path: Any, *arguments: Any, **options: Any) -> int:
+            descriptor = descriptor_open(path, *arguments, **options)
+            files[descriptor] = os.fspath(path)
+            return descriptor
+
+        def synced(descriptor: int) -> None:
+            self.at("fsync", files[descriptor])
+            fsync(descriptor)
+
+        os.fsync, os.open = synced, os_opened  # type: ignore[assignment]
+        disk.open = clipmini.files.open = opened  # type: ignore[attr-defined]
+
+    def around(self, name: str, function: Callable) -> Callable:
+        def recorded(path: Any, *arguments: Any, **options: Any) -> Any:
+            self.at(name, path)
+            return function(path, *arguments, **options)
+
+        return recorded
 
 
-def read_losses(directory: Path) -> list[str]:
-    return [line.split(",")[3] for line in (directory / "metrics.csv").read_text().splitlines()]
+class RecordedFile:
+    """A file whose writes are counted, and half done when the process ends there."""
+
+    def __init__(self, file: Any, path: str, recorder: Recorder) -> None:
+        self.file, self.path, self.recorder = file, path, recorder
+
+    def write(self, data: Any) -> int:
+        if len(self.recorder.done) == self.recorder.last:
+            self.file.write(bytes(data)[: memoryview(data).nbytes // 2])
+            self.file.flush()
+        self.recorder.at("write", self.path)
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "RecordedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
 
-def test_resumed_equals_uninterrupted(compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path) -> None:
-    options = ("schedule=constant", "schedule.warmup_steps=0", "data.augmentation.flip=0.5")
-    whole = run(compose, tiny_json, shards, tmp_path / "whole", "steps=6", *options)
-    parts = run(compose, tiny_json, shards, tmp_path / "parts", "steps=3", *options)
-    run(compose, tiny_json, shards, tmp_path / "parts", "steps=6", "data.num_workers=1", *options)
+def save_recorded(directory: Path, last: int | None) -> list[tuple[str, str]]:
+    """Save step 2 with the writer of runs, in a process that ends at a point; return what it did if it did not."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        recorder = Recorder(last)
+        recorder.install()
+        durable = DurableCheckpointIO(background=False, retries=0, retry_seconds=0, parts_timeout=1)
+        durable.committed = lambda: disk.prune(directory, 2, None)
+        path = path_of(directory, 2)
+        state = {"w": torch.full((40,), 2.0), "v": torch.arange(30)}
+        durable.save_checkpoint({"global_step": 2, "state_dict": state, "about": {"step": 2, "parts": 1}}, path)
+        os.write(writer, json.dumps(recorder.done).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        content = file.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (0 if content else -signal.SIGKILL)
+    return [(what, name) for what, name in json.loads(content)] if content else []
 
-    a, b = (checkpoint.load_checkpoint(path / "checkpoints/step-00000006.ckpt") for path in (whole, parts))
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
-    torch.testing.assert_close(a["optimizer_states"], b["optimizer_states"], rtol=0, atol=0)
-    assert a["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 6 * 16
-    assert read_losses(whole) == read_losses(parts) and len(read_losses(whole)) == 7
-    assert [path.name for path in checkpoint.list_checkpoints(parts / "checkpoints")] == [
-        "step-00000004.ckpt",
-        "step-00000006.ckpt",
+
+def test_kill_at_every_write_point(tmp_path: Path) -> None:
+    for step in (0, 1):
+        save(tmp_path / "whole", step, float(step))
+    shutil.copytree(tmp_path / "whole", tmp_path / "uninterrupted")
+    done = save_recorded(tmp_path / "uninterrupted", None)
+    counts = collections.Counter(what for what, _ in done)
+    assert counts["write"] > 5 and counts["fsync"] == 4 and counts["rename"] == 2  # the new one, the oldest
+    found = set()
+    for point in range(len(done)):
+        directory = tmp_path / str(point)
+        shutil.copytree(tmp_path / "whole", directory)
+        assert not save_recorded(directory, point)
+        newest = disk.find_newest_valid(directory)
+        assert newest is not None
+        content = disk.load_checkpoint(newest)
+        step = content["global_step"]
+        assert newest == path_of(directory, step) and torch.all(content["state_dict"]["w"] == step)
+        assert path_of(directory, 1).exists()
+        found.add(step)
+        # The next start cleans up, and the same step can be saved.
+        disk.set_aside(directory, newest)
+        assert all(name.startswith("step-") for name in names(directory))
+        save_recorded(directory, None)
+        assert disk.find_newest_valid(directory) == path_of(directory, 2)
+    assert found == {1, 2}  # the one before, until the new one has its name
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:
+    done = save_recorded(tmp_path, None)
+    temporary = ".step-00000002.ckpt.tmp"
+    assert [event for event in done if event[0] != "write"] == [
+        ("mkdir", temporary),
+        ("open", "rank-00000.pt"),
+        ("fsync", "rank-00000.pt"),
+        ("open", "manifest.json"),
+        ("fsync", "manifest.json"),
+        ("fsync", temporary),
+        ("rename", temporary),
+        ("fsync", tmp_path.name),
     ]
-
-
-def test_a_loader_that_lost_its_place_is_not_trained_on(
-    compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
-) -> None:
-    directory = run(compose, tiny_json, shards, tmp_path / "run", "steps=2")
-    path = directory / "checkpoints/step-00000002.ckpt"
-    content = checkpoint.load_checkpoint(path)
-    content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = []  # as Lightning does where the schedule asks it
-    torch.save(content, tmp_path / "new")  # the old file is mapped into memory
-    os.replace(tmp_path / "new", path)
-    with pytest.raises(AssertionError, match="the loader is at sample 0, and step 2 of 16 samples each"):
-        run(compose, tiny_json, shards, directory)
-
-
-def test_a_finished_run_is_not_trained_again(
-    compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = run(compose, tiny_json, shards, tmp_path / "run")
-    before = (directory / "checkpoints/step-00000004.ckpt").stat().st_mtime_ns
-    run(compose, tiny_json, shards, tmp_path / "run")
-    assert (directory / "checkpoints/step-00000004.ckpt").stat().st_mtime_ns == before
-    assert "already trained" in (directory / "train.log").read_text()
-
-
-@pytest.mark.parametrize(
-    "change", ["seed=1", "batch_size=8", "model.embed_dim=16", "loss.max_scale=50", "data.draft=off"]
-)
-def test_another_run_of_the_same_name_is_refused(
-    change: str, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
-) -> None:
-    run(compose, tiny_json, shards, tmp_path / "run")
-    with pytest.raises(UserError, match=f"{change.split('=')[0]}: was"):
-        run(compose, tiny_json, shards, tmp_path / "run", change)
-
-
-def test_other_shards_are_refused(compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path) -> None:
-    run(compose, tiny_json, shards, tmp_path / "run", "steps=2")
-    with pytest.raises(UserError, match="other shards, counts, weights, seed or shuffling"):
-        run(compose, tiny_json, shards, tmp_path / "run", f"data.train={shards}/a.tar")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tower", ["vit", "timm"])
-def test_plain_open_clip_loads_the_export(tower: str, tiny_json: Path, tmp_path: Path) -> None:
-    options = {} if tower == "vit" else {"vision_cfg": {"timm_model_name": "test_resnet"}}
-    model = make_model(str(tiny_json), image_size=48, **options)
-    checkpoint.export_open_clip(model, tmp_path / "model")
-    checkpoint.export_open_clip(model, tmp_path / "model")  # replaces the first
-    assert sorted(os.listdir(tmp_path)) == ["model"]
-
-    loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
-    picture = Image.effect_noise((60, 70), 90).convert("RGB")
-    picture.save(tmp_path / "picture.png")
-    ours = EvaluationTransform(48)((tmp_path / "picture.png").read_bytes())
-    torch.testing.assert_close(
-        encode_image(model, ours[None]),
-        loaded.eval().encode_image(preprocess(picture)[None], normalize=True),
-        rtol=0,
-        atol=1e-5,
-    )
-    captions = ["a dog", "a cat on a mat"]
-    torch.testing.assert_close(
-        encode_text(model, ClipTokenizer(24)(captions)),
-        loaded.encode_text(tokenizer(captions), normalize=True),
-        rtol=0,
-        atol=1e-6,
-    )
-    torch.testing.assert_close(loaded.logit_scale, model.logit_scale)
-
-
-def test_a_residual_network_of_open_clip_trains(
-    compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
-) -> None:
-    tower = "model.vision_cfg={layers:[1,1,1,1],width:8,head_width:16,image_size:32}"
-    directory = run(compose, tiny_json, shards, tmp_path / "run", tower, "steps=2")
-    open_clip.create_model_and_transforms(f"local-dir:{directory / 'model'}")
-    assert {path.stat().st_mode & 0o044 for path in (directory / "model").iterdir()} == {0o044}

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, read_sample, run_clipmini, run_command, write_tar
+from conftest import QUICK, read_sample, run_clipmini, run_command, save_checkpoint, write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model import make_model
 
-from clipmini.checkpoint import AtomicCheckpointIO, export_open_clip
+from clipmini.checkpoints.disk import load_checkpoint
 from clipmini.cli import main
+from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.model import open_clip_config
 
 
@@ -169,9 +170,7 @@ def write_checkpoint(run: Path, tiny_json: Path, step: int) -> Path:
         "global_step": step,
         "hyper_parameters": {},
     }
-    path = run / f"checkpoints/step-{step:08d}.ckpt"
-    AtomicCheckpointIO().save_checkpoint(content, path)
-    return path
+    return save_checkpoint(content, run / f"checkpoints/step-{step:08d}.ckpt")
 
 
 def read_scalars(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -231,7 +230,7 @@ def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
     expected = [(row["step"], pytest.approx(row["metrics"]["acc1"])) for row in found]
     assert read_scalars(run, f"evaluation/{name}/acc1") == expected
     best = max(found, key=lambda row: (row["metrics"]["acc1"], -row["step"]))
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    content = load_checkpoint(run / "checkpoints/best.ckpt")
     assert content["global_step"] == best["step"]
     assert "step 3:" in result.stdout and "step 2:" not in result.stdout
 

@@ -18,10 +18,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from test_model import make_model, write_json
 
-from clipmini.checkpoint import export_open_clip
 from clipmini.errors import UserError
 from clipmini.export import command, hugging_face, parity
 from clipmini.export.inputs import encode, make_inputs
+from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.model import Model
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, save_checkpoint
 from test_sources import make, save, save_weights
 from torch import Tensor
 
-from clipmini.checkpoint import export_open_clip
 from clipmini.errors import UserError
+from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.model import Model, open_clip_config
 from clipmini.sources import load_model
 
@@ -112,7 +112,8 @@ class Evil:
 @pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "mine.ckpt"])
 def test_no_code_in_a_file_is_run(name: str, model: Model, tiny_json: Path, tmp_path: Path) -> None:
     content = {"state_dict": {**model.state_dict(), "x": Evil(tmp_path / "evil")}}
-    torch.save({**content, "open_clip_config": open_clip_config(model), "global_step": 1}, tmp_path / name)
+    content = {**content, "open_clip_config": open_clip_config(model), "global_step": 1}
+    (save_checkpoint if name.endswith("ckpt") else torch.save)(content, tmp_path / name)
     architecture = None if name.endswith("ckpt") else str(tiny_json)
     with pytest.raises(
         UserError, match=f"^model={tmp_path}/{name}: cannot be read.*, or holds code, which is not run$"
@@ -121,7 +122,7 @@ def test_no_code_in_a_file_is_run(name: str, model: Model, tiny_json: Path, tmp_
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors", "mine.ckpt"])
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut"])
 def test_damaged_files_are_refused(damage: str, name: str, model: Model, tiny_json: Path, tmp_path: Path) -> None:
     path = tmp_path / name
@@ -133,15 +134,21 @@ def test_damaged_files_are_refused(damage: str, name: str, model: Model, tiny_js
         os.truncate(path, path.stat().st_size * 2 // 3)
     else:
         path.write_bytes(b"" if damage == "empty" else b"garbage" * 99)
-    architecture = None if name.endswith("ckpt") else str(tiny_json)
     with pytest.raises(UserError, match=f"^model={path}: cannot be read.*: .") as caught:
-        load_model(str(path), architecture=architecture)
+        load_model(str(path), architecture=str(tiny_json))
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_refused(model: Model, tmp_path: Path) -> None:
+    path = save(model, tmp_path / "mine.ckpt")
+    os.truncate(path / "rank-00000.pt", 1000)
+    with pytest.raises(UserError, match=f"^model={path}: rank-00000.pt has 1,000 bytes of"):
+        load_model(str(path))
 
 
 @pytest.mark.parametrize("content", [[1], {"state_dict": {}}, {"state_dict": {}, "global_step": 1}])
 def test_other_checkpoints_are_refused(content: Any, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "other.ckpt")
+    save_checkpoint(content, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="/other.ckpt: is no checkpoint of clipmini$"):
         load_model(str(tmp_path / "other.ckpt"))
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from clipmini import __version__
-from clipmini.checkpoint import export_open_clip
 from clipmini.errors import UserError, did_you_mean
 from clipmini.export import hugging_face, onnx_towers
 from clipmini.export.card import Subject, make_card
 from clipmini.export.inputs import encode, make_inputs
+from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.export.parity import check_parity
 from clipmini.model import Model, count_parameters, image_size
 
