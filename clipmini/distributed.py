@@ -4,15 +4,22 @@ W processes, b rows on each of them.
 """
 
 import contextlib
+import datetime
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from clipmini.errors import UserError
+
+Result = TypeVar("Result")
 
 _is_alone = False
+_patience = _timeout = 1800.0  # seconds; see `set_patience`
 
 
 def is_distributed() -> bool:
@@ -31,6 +38,9 @@ def alone() -> Iterator[None]:
         _is_alone = False
 
 
+_patience = _timeout = 1800.0  # seconds; see `set_patience`
+
+
 def rank() -> int:
     """Return the number of this process."""
     return dist.get_rank() if is_distributed() else 0
@@ -39,6 +49,23 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded (DTensor); without gradient it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded (DTensor); every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_(target: Tensor, whole: Tensor) -> None:
+    """Copy a tensor, whole or sharded as the target is, into one that may be sharded; every rank must call it."""
+    if isinstance(target, DTensor) and not isinstance(whole, DTensor):
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+    target.copy_(whole)
 
 
 def all_gather(rows: Tensor) -> Tensor:
@@ -109,6 +136,69 @@ def all_gather_numbers(*numbers: int) -> list[list[int]]:
     gathered = torch.zeros(world_size(), len(numbers), dtype=torch.long)
     dist.all_gather(list(gathered), torch.tensor(numbers), group=_cpu_group(dist.group.WORLD))
     return gathered.tolist()
+
+
+def begin_all_reduce_max(numbers: Sequence[int]) -> Callable[[], list[int]]:
+    """Begin to take the largest of each number over the processes; what is returned waits for the result."""
+    values = torch.tensor(numbers)
+    work = dist.all_reduce(values, dist.ReduceOp.MAX, group=_cpu_group(dist.group.WORLD), async_op=True)
+
+    def wait() -> list[int]:
+        work.wait()
+        return values.tolist()
+
+    return wait
+
+
+def from_first(action: Callable[[], Result]) -> Result:
+    """Do something in the first process, and return its result, or raise its UserError, in all of them."""
+    result: Result | UserError | None = None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            result = error
+    result = all_gather_objects(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def set_patience(seconds: float) -> None:
+    """Have collectives fail after this long while nothing shorter is set, and within `patient`."""
+    global _patience
+    _patience = seconds
+    set_timeout(seconds)
+
+
+def set_timeout(seconds: float) -> None:
+    """Have collectives fail when another process does not come for this long."""
+    global _timeout
+    _timeout = seconds
+    if is_distributed():
+        for group in {dist.group.WORLD, _cpu_group(dist.group.WORLD)}:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def reset_timeout() -> None:
+    """Take back what `set_timeout` said."""
+    set_timeout(_patience)
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Wait for one another longer than a step may take, where one process has more to do."""
+    before = _timeout
+    set_timeout(_patience)
+    try:
+        yield
+    finally:
+        set_timeout(before)
+
+
+def forget_groups() -> None:
+    """Let go of the groups that were made here, so that they can be ended."""
+    _cpu_group.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

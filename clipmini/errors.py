@@ -3,13 +3,19 @@
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 85  # exit code: a run that was asked to stop, and has saved
+
 
 class UserError(ValueError):
     """A wrong value, file or option, exit code 2; the message names the value, the limit and the key to change."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C was followed by a checkpoint, exit code 130. No KeyboardInterrupt: Lightning exits with 1 after those."""
+class Stopped(Exception):
+    """A run was asked to stop and has saved, exit code 85; no KeyboardInterrupt: Lightning exits with 1 after those."""
+
+
+class ProcessLost(Exception):
+    """Another process of the run ended, or did not answer in time; exit code 1, and its own message comes first."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

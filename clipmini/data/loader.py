@@ -1,6 +1,5 @@
 """Batches for the trainer: the plan's positions, read and decoded by workers, resumable at any step."""
 
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -19,14 +18,10 @@ from clipmini.data.health import Health
 from clipmini.data.index import PairFormat
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
+from clipmini.data.processes import start_loader_worker
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
-
-
-def ignore_interrupts(_: int) -> None:
-    """Let the main process decide what Ctrl-C means: a worker that dies would take the step down with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def explain_workers(error: Exception, *, num_workers: int, timeout: float) -> None:
@@ -166,7 +161,7 @@ class TrainLoader:
             prefetch_factor=self.prefetch_factor if has_workers else None,
             timeout=self.timeout if has_workers else 0,
             pin_memory=self.pin_memory,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=start_loader_worker,
         )
         try:
             yield from loader
