@@ -65,14 +65,18 @@ class Monitor(Callback):
         """Read the last step's measurements and pass them on."""
         assert isinstance(module, ClipModule) and trainer.train_dataloader is not None
         names = sorted(module.last)
-        values = distributed.all_reduce_mean(torch.stack([module.last[name].float() for name in names])).tolist()
+        measured = [*(module.last[name].float() for name in names), *module.guard.unread()]
+        values = distributed.all_reduce_mean(torch.stack(measured)).tolist()
+        module.guard.take(step, values[len(names) :])
         now = time.perf_counter()
         seconds = now - self.window_start
         steps_per_second = (step - self.window_step) / seconds
         samples_per_second = steps_per_second * trainer.train_dataloader.batch_size
-        metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+        metrics = {f"train/{name}": value for name, value in zip(names, values, strict=False)}
+        metrics["train/bad_steps"] = module.guard.total
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["throughput/samples_per_second"] = samples_per_second
+        metrics["checkpoint/failures"] = getattr(trainer.strategy.checkpoint_io, "failures", 0)
         metrics["throughput/data_wait"] = (trainer.train_dataloader.waited - self.waited_before) / seconds
         bad = trainer.train_dataloader.health.totals
         metrics |= {"data/bad_samples": bad.total(), **{f"data/{cause}": count for cause, count in bad.items()}}

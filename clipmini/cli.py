@@ -6,9 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from clipmini import __version__
-from clipmini.errors import Interrupted, UserError, did_you_mean
+from clipmini import __version__, redaction
+from clipmini.errors import STOPPED, ProcessLost, Stopped, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 COMMANDS = {
     "train": "train a model; takes Hydra overrides, and --help for all keys and choices",
@@ -19,11 +23,20 @@ COMMANDS = {
 MODULES = {"evaluate": "clipmini.evaluate", "export": "clipmini.export.run", "shards": "clipmini.shards.command"}
 
 
+class Defect(BaseException):
+    """Carries an error of a job past Hydra, which would print all overrides, with their secrets."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit code: 0 done, 1 defects were found, 2 something that the user can fix, 130 Ctrl-C.
+        The exit code: 0 done, 1 defects were found, 2 something that the user can fix, 130 Ctrl-C; of `train` also 85
+        when it was asked to stop and has saved, and 1 when another process was lost.
     """
     parser = argparse.ArgumentParser(
         prog="clipmini",
@@ -35,10 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" | ".join(COMMANDS))
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="what the subcommand takes")
     parsed = parser.parse_args(arguments)
+    for word in parsed.overrides:
+        redaction.remember(redaction.find_override_secrets(word))
+    sys.excepthook = lambda *error: sys.stderr.write(redaction.format_traceback(*error))
     try:
         return train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
     except UserError as error:
-        print(f"clipmini: {error}", file=sys.stderr)
+        print(f"clipmini: {redaction.redact_message(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("clipmini: interrupted", file=sys.stderr)
@@ -53,6 +69,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from clipmini.config import config_file
 
@@ -62,7 +79,7 @@ def run_command(parsed: argparse.Namespace) -> int:
     module = importlib.import_module(MODULES[parsed.command])
     try:
         return module.run(parsed.overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(explain(error)) from error
 
 
@@ -76,8 +93,12 @@ def train_command(overrides: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from clipmini import config
+
+    if any(word.startswith("--e") for word in overrides):  # Hydra takes all abbreviations
+        raise UserError("--experimental-rerun: would unpickle a file, which runs code; give the overrides again")
 
     # Before torch is loaded: on a CPU, threads that spin while they wait take the cores from the loader's workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,38 +106,84 @@ def train_command(overrides: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["clipmini train", *overrides]
     config.register()
-
-    composed = False
+    if any(word == "-m" or (len(word) > 2 and "--multirun".startswith(word)) for word in overrides):
+        check_sweeper()
 
     @hydra.main(version_base="1.3", config_path=str(config.CONFIG_DIR), config_name="train")
     def run(cfg: DictConfig) -> None:
-        nonlocal composed
-        composed = True
+        config.clean_sweep()
+        sys.argv[1:] = map(redaction.redact_override, overrides)  # loggers such as wandb's write it down
+        config.register()  # again: a job of a sweep may be a process in which nothing was
         from clipmini.train import train  # torch and Lightning: seconds that a typo should not cost
 
         try:
+            check_sweep(cfg)
             train(cfg)
         except (UserError, OmegaConfBaseException) as error:
             # Exit here: Hydra would put its own lines around an exception of the job.
             logging.getLogger("clipmini").error("clipmini: %s", explain(error))
             sys.exit(2)
-        except Interrupted as stop:
-            logging.getLogger("clipmini").error("clipmini: %s", stop)
-            sys.exit(130)
+        except (Stopped, ProcessLost) as end:
+            logging.getLogger("clipmini").error("clipmini: %s", end)
+            sys.exit(STOPPED if isinstance(end, Stopped) else 1)
+        except Exception as error:
+            raise Defect(error) from None
 
     try:
         run()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
-            raise  # ours, not an override that Hydra cannot read
+    except Defect as defect:
+        raise defect.error from None
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(explain(error)) from error
     return 0
 
 
+SWEEP = (
+    "hydra/launcher=slurm submits each run of a sweep as a job of its own, with hydra.launcher.tasks_per_node processes"
+)
+
+
+def check_sweeper() -> None:
+    """See that one process runs the sweep.
+
+    Raises:
+        UserError: a launcher has made several, each of which would run, or submit, the whole sweep.
+    """
+    from clipmini.launch import read_launch
+
+    processes = read_launch()
+    if processes.world_size == 1:
+        return
+    if processes.rank:
+        sys.exit(2)  # the first one says it
+    raise UserError(
+        f"--multirun in {processes.world_size} processes of {processes.launcher}: each would run the whole sweep; "
+        f"start it without {processes.launcher}: {SWEEP}"
+    )
+
+
+def check_sweep(cfg: "DictConfig") -> None:
+    """See that a sweep whose runs are made in this process wants no more than one of each.
+
+    Raises:
+        UserError: it wants several.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN or not hydra.launcher._target_.endswith(".BasicLauncher"):
+        return
+    if cfg.trainer.devices not in ("auto", 1):
+        raise UserError(f"trainer.devices={cfg.trainer.devices} in a sweep: its runs have one process here; {SWEEP}")
+    check_sweeper()  # `hydra.mode=MULTIRUN` comes past the first check
+
+
 def explain(error: Exception) -> str:
-    """Tell an error of Hydra or OmegaConf in the words of the user's own keys."""
+    """Tell an error of Hydra, OmegaConf or yaml in the words of the user's own keys and files."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
@@ -135,6 +202,10 @@ def explain(error: Exception) -> str:
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if choice.startswith("submitit_"):
+            return f"{group}: {choice} needs a package that is not installed: pip install 'clipmini[slurm]'"
         choices = ", ".join(sorted(error.options))
         return f"no {choice!r} among the choices of {group}{did_you_mean(choice, error.options)}; there are: {choices}"
+    if isinstance(error, MarkedYAMLError):
+        return f"a config file cannot be read: {error.problem}{error.problem_mark}".replace("\n", " ")
     return str(error)

@@ -2,24 +2,27 @@
 
 import argparse
 import functools
-import inspect
 import os
+import re
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra._internal.hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from clipmini.annotations import check_values
+from clipmini import hydra_checks, redaction
 from clipmini.errors import UserError
+from clipmini.files import write_atomically
+from clipmini.targets import PARTIAL, TARGET, Allowed, check_names, check_node, check_targets, make_factory
 
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the yaml files inside the package, a checkout beside it.
@@ -31,7 +34,50 @@ class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
     every_n_steps: int = MISSING
+    every_n_minutes: float | None = MISSING
+    every_n_samples: int | None = MISSING
     keep_last: int = MISSING
+    keep_every_n_steps: int | None = MISSING
+    background: bool = MISSING
+    retries: int = MISSING
+    retry_seconds: float = MISSING
+    max_failures: int = MISSING
+    parts_timeout: float = MISSING
+
+
+@dataclass
+class PreemptionConfig:
+    """How signals stop a run."""
+
+    check_every_seconds: float = MISSING
+    requeue: bool = MISSING
+
+
+@dataclass
+class TimeoutsConfig:
+    """How long the processes of a run wait for one another, in seconds."""
+
+    start: float = MISSING
+    step: float = MISSING
+    stacks: float = MISSING
+
+
+@dataclass
+class BadStepsConfig:
+    """When a step changes nothing, and how many of those a run may have."""
+
+    max_in_a_row: int = MISSING
+    skip_spikes: bool = MISSING
+    window: int = MISSING
+    sigmas: float = MISSING
+
+
+@dataclass
+class AverageConfig:
+    """The average of the weights over the steps."""
+
+    decay: float | None = MISSING
+    warmup: bool = MISSING
 
 
 @dataclass
@@ -44,6 +90,7 @@ class EvaluationConfig:
     bootstrap_resamples: int = MISSING
     every_n_steps: int | None = MISSING
     best_metric: str | None = MISSING
+    weights: str = MISSING
 
 
 @dataclass
@@ -67,6 +114,7 @@ class TrainConfig:
     epochs: float | None = MISSING
     steps: int | None = MISSING
     image_size: int | None = MISSING
+    allow_targets: list[str] = field(default_factory=list)
     data: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     loss: dict[str, Any] = MISSING
@@ -75,7 +123,11 @@ class TrainConfig:
     trainer: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
+    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    ema: AverageConfig = field(default_factory=AverageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -86,6 +138,7 @@ class EvaluateConfig:
 
     model: str = MISSING
     architecture: str | None = MISSING
+    weights: str = MISSING
     datasets: list[Any] = MISSING
     output: str = MISSING
     again: bool = MISSING
@@ -118,16 +171,47 @@ class ExportConfig:
 
     model: str = MISSING
     architecture: str | None = MISSING
+    weights: str = MISSING
     format: str = MISSING
     output: str = MISSING
     license: str | None = MISSING
 
 
+class CheckedConfigLoader(ConfigLoaderImpl):
+    """Loads every config, of a run, a sweep, one of its jobs or `compose`; what Hydra itself would run is checked."""
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *arguments: Any, **options: Any
+    ) -> DictConfig:
+        cfg = super().load_configuration(config_name, overrides, *arguments, **options)
+        content = hydra_checks.read_plain(cfg)
+        redaction.remember(redaction.find_secrets(content))
+        hydra_checks.check_rights(cfg, overrides)
+        is_job = options.get("from_shell", True)
+        hydra_checks.check_hydra(content.pop("hydra"), read_allowed(content), is_job=is_job)
+        check_names(content, "", read_allowed(content))  # what they lead to is checked when torch is loaded
+        return cfg
+
+
 def register() -> None:
-    """Make the schemas and the `package:` resolver known to Hydra; must run before a config is composed."""
+    """Make schemas, the `package:` resolver and our checks known to Hydra; must run before a config is composed."""
+    hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
     for name, schema in (("train", TrainConfig), ("evaluate", EvaluateConfig), ("export", ExportConfig)):
         ConfigStore.instance().store(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE / name), replace=True)
+
+
+def clean_sweep() -> None:
+    """Write `multirun.yaml` again without secrets: Hydra's sweepers save all overrides in it as they were given."""
+    cfg = HydraConfig.get()
+    path = Path(cfg.sweep.dir) / "multirun.yaml"
+    if cfg.mode != RunMode.MULTIRUN or not path.is_file():
+        return
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(content, dict)
+    overrides = [redaction.redact_override(word) for word in content.pop("hydra")["overrides"]["task"]]
+    content = {**redaction.redact(content), "hydra": {"overrides": {"task": overrides}}}
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(content)).encode())
 
 
 def config_file(name: str) -> Path:
@@ -147,8 +231,57 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
         return hydra_compose(name, list(overrides))
 
 
+@functools.cache
+def own_names() -> frozenset[str]:
+    """Return the classes and functions that our own yaml files name."""
+    texts = (path.read_text(encoding="utf-8") for path in CONFIG_DIR.rglob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(rf"^\s*{TARGET}: *([\w.]+)", text, re.MULTILINE))
+
+
+def read_allowed(content: Any) -> Allowed:
+    """Return what a config, as plain data or not, may name.
+
+    Raises:
+        UserError: its `allow_targets` is wrong.
+    """
+    return Allowed(own_names()).more(list(content.get("allow_targets") or []))
+
+
+def check_all(cfg: DictConfig) -> None:
+    """Check every `_target_` of a whole config, also of what will not be built.
+
+    Raises:
+        UserError: one is not allowed.
+    """
+    check_targets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "", read_allowed(cfg))
+
+
+def read_node(cfg: DictConfig, key: str, skip: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
+    """Return a node of a config as plain data, after all checks.
+
+    Args:
+        cfg: the whole config, so that messages can name the full key.
+        key: where the node is, as in `callbacks.progress`.
+        skip: parameters that the program sets itself.
+
+    Raises:
+        UserError: a `_target_` that is not allowed, an unknown key, or a value of another type than annotated.
+    """
+    node = OmegaConf.select(cfg, key, throw_on_missing=True)
+    content = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+    if not isinstance(content, dict) or TARGET not in content:
+        raise UserError(f"{key}={content}: must be a mapping with a {TARGET}")
+    named = {str(name): value for name, value in content.items()}
+    allowed = read_allowed(cfg)
+    check_targets(named, key, allowed)
+    check_node(named, key, allowed, skip)
+    return named
+
+
 def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:
     """Make the object that a node's `_target_` names.
+
+    Hydra's `instantiate` is not used: it resolves again what was checked, and imports whatever comes out.
 
     Args:
         cfg: the whole config, so that messages can name the full key.
@@ -156,19 +289,15 @@ def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:
         runtime: what only the program knows (a model, the number of steps); wins over the node's own keys.
 
     Raises:
-        UserError: a key that the target does not take, a value of the wrong type, or a package that is missing.
+        UserError: a target that is not allowed, a key that it does not take, a value of the wrong type, or a package
+            that is missing.
     """
-    node = OmegaConf.select(cfg, key, throw_on_missing=True)
-    check_node(node, key, skip=runtime)
-    # As a partial first: Hydra would deep-copy what is passed to it, models and data sets too.
+    node = read_node(cfg, key, skip=runtime)
+    factory = functools.partial(make_factory(node, key, read_allowed(cfg)), **runtime)
+    if node.get(PARTIAL):
+        return factory
     try:
-        factory = instantiate(node, _partial_=True, _convert_="all")
-    except InstantiationException as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from error.__cause__
-    if node.get("_partial_"):
-        return functools.partial(factory, **runtime)
-    try:
-        return factory(**runtime)
+        return factory()
     except ModuleNotFoundError as error:
         raise UserError(f"{key} needs a package that is not installed: {error}") from error
 
@@ -176,32 +305,3 @@ def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:
 def build_all(cfg: DictConfig, key: str, /) -> list[Any]:
     """Make every object of a mapping of nodes, such as `callbacks`; a node set to null is left out."""
     return [build(cfg, f"{key}.{name}") for name, node in OmegaConf.select(cfg, key).items() if node is not None]
-
-
-def check_node(node: DictConfig, key: str, skip: Mapping[str, Any] = types.MappingProxyType({})) -> None:
-    """Compare a node's keys and values with the parameters of its `_target_` and their annotations.
-
-    Args:
-        node: a mapping with a `_target_`; nodes inside it that have one too are checked as well.
-        key: where it is in the config.
-        skip: parameters that the program sets itself.
-
-    Raises:
-        UserError: a target that cannot be imported, an unknown key, or a value of another type than annotated.
-    """
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:  # whatever the import of a module of the user's may raise
-        raise UserError(f"{key}._target_={node['_target_']} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    try:
-        hints = typing.get_type_hints(inspect.unwrap(target.__init__ if inspect.isclass(target) else target))
-    except (NameError, TypeError):  # annotations that only a type checker can resolve
-        hints = {}
-    values = {str(name): value for name, value in node.items() if name not in ("_target_", "_partial_", *skip)}
-    nodes = {name for name, value in values.items() if OmegaConf.is_dict(value) and "_target_" in value}
-    known = values.keys() if takes_any else parameters.keys()
-    check_values(key, values, known, {name: hint for name, hint in hints.items() if name not in nodes})
-    for name in nodes:
-        check_node(values[name], f"{key}.{name}")

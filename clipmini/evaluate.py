@@ -12,6 +12,7 @@ from clipmini import config, distributed, launch
 from clipmini.console import log_rows, log_table, set_up_logging, track
 from clipmini.data.decode import EvaluationTransform
 from clipmini.data.loader import default_num_workers
+from clipmini.ema import check_weights
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
@@ -61,6 +62,7 @@ def check_options(options: dict[str, Any]) -> None:
         UserError: it cannot.
     """
     check_published(options["compare_to"])
+    check_weights(options["weights"], "weights")
     if options["details_format"] not in DETAILS_FORMATS:
         raise UserError(f"details_format={options['details_format']}: is {' or '.join(DETAILS_FORMATS)}")
     if not options["datasets"]:
@@ -92,6 +94,7 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
             evaluator,
             Path(options["output"]),
             device,
+            weights=options["weights"],
             best_metric=options["best_metric"],
             poll_seconds=options["poll_seconds"],
         )
@@ -115,7 +118,7 @@ def make_protocol(options: dict[str, Any]) -> Protocol:
 
 def evaluate_once(options: dict[str, Any], evaluator: Evaluator, device: torch.device) -> None:
     """Evaluate one model and print what was found."""
-    source = load_model(options["model"], architecture=options["architecture"])
+    source = load_model(options["model"], architecture=options["architecture"], weights=options["weights"])
     tokenize = source.tokenizer()
     output = Path(options["output"])
     cache = FeatureCache(Path(options["cache"])) if options["cache"] else None

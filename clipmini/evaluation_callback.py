@@ -10,13 +10,17 @@ from pytorch_lightning.callbacks import Callback
 
 from clipmini import distributed
 from clipmini.callbacks import Monitor
-from clipmini.checkpoint import keep_best
+from clipmini.checkpoints.disk import checkpoint_path, keep_best
+from clipmini.checkpoints.saving import SaveCheckpoints
 from clipmini.data.tokenizer import Tokenize
+from clipmini.ema import Weights
 from clipmini.errors import UserError
+from clipmini.evaluation.encoder import Encoder
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows, row_scalars
 from clipmini.evaluation.validation import HeldOut, validate
 from clipmini.module import ClipModule
+from clipmini.objective import ContrastiveLoss
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Evaluation(Callback):
         every_n_steps: n; None evaluates at the end only.
         best_metric: `val/loss` or SET/METRIC, by which `best` is saved, or None.
         best: where.
+        weights: which of the module's are evaluated; checkpoints have both.
 
     Raises:
         UserError: n below 1, or a best_metric that cannot come out.
@@ -49,6 +54,7 @@ class Evaluation(Callback):
         every_n_steps: int | None,
         best_metric: str | None,
         best: Path,
+        weights: Weights,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"evaluation.every_n_steps={every_n_steps}: must be 1 or more, or null")
@@ -65,6 +71,7 @@ class Evaluation(Callback):
         self.every_n_steps = every_n_steps
         self.best_metric = best_metric
         self.best = best
+        self.weights = weights
         self.best_value: float | None = None
         self.rows: list[Row] = []  # of the last time
 
@@ -89,20 +96,11 @@ class Evaluation(Callback):
                     callback.leave_out(time.perf_counter() - start)
 
     def evaluate(self, trainer: pl.Trainer, module: ClipModule, step: int) -> None:
-        """Evaluate the weights as they are; every rank must call it."""
-        encoder = self.evaluator.encoder(module.model, self.tokenize, trainer.strategy.root_device)
-        scalars: dict[str, float] = {}
-        if self.held_out is not None:
-            found = validate(self.held_out, encoder, module.loss)
-            scalars |= {f"val/{name}": value for name, value in found.items()}
-            log.info("step %d: val/loss %.4f, val/accuracy %.1f%%", step, found["loss"], 100 * found["accuracy"])
-        self.rows = []
-        about = {"model": self.output.parent.name, "step": step}
-        for result in self.evaluator.run(encoder, read_rows(self.output), about):
-            self.rows.append(result.row)
-            scalars |= row_scalars(result.row)
-            if trainer.is_global_zero and result.finding is not None:
-                add_row(self.output, result.row)
+        """Evaluate, log and keep what is found; every rank must call it."""
+        device = trainer.strategy.root_device
+        with module.holding(self.weights), module.whole_model(device) as model:
+            encoder = self.evaluator.encoder(model, self.tokenize, device)
+            scalars = self.measure(trainer, module.loss, encoder, step)
         if step < trainer.max_steps:
             log_short(self.rows, step)
         for logger in trainer.loggers:
@@ -110,6 +108,23 @@ class Evaluation(Callback):
                 logger.log_metrics(scalars, step)
                 logger.save()
         self.save_if_best(trainer, scalars, step)
+
+    def measure(self, trainer: pl.Trainer, loss: ContrastiveLoss, encoder: Encoder, step: int) -> dict[str, float]:
+        """Evaluate on the held-out pairs and the sets, and return the numbers as loggers name them."""
+        scalars: dict[str, float] = {}
+        if self.held_out is not None:
+            found = validate(self.held_out, encoder, loss)
+            scalars |= {f"val/{name}": value for name, value in found.items()}
+            log.info("step %d: val/loss %.4f, val/accuracy %.1f%%", step, found["loss"], 100 * found["accuracy"])
+        self.rows = []
+        name = self.output.parent.name
+        about = {"model": name if self.weights == "trained" else f"{name} average", "step": step}
+        for result in self.evaluator.run(encoder, read_rows(self.output), about):
+            self.rows.append(result.row)
+            scalars |= row_scalars(result.row)
+            if trainer.is_global_zero and result.finding is not None:
+                add_row(self.output, result.row)
+        return scalars
 
     def save_if_best(self, trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:
         """Save a checkpoint if no earlier one was as good."""
@@ -122,12 +137,15 @@ class Evaluation(Callback):
         known = [] if self.best_value is None else [self.best_value]
         if is_best(value, known, self.best_metric):
             self.best_value = value
-            self.save_best(trainer, self.best.with_name(f"step-{step:08d}.ckpt"))
+            self.save_best(trainer, checkpoint_path(self.best.parent, step))
             log.info("step %d: %s = %.4f is the best so far, kept as %s", step, self.best_metric, value, self.best)
 
-    def save_best(self, trainer: pl.Trainer, same: Path) -> None:
-        """Save the best checkpoint, or give what is saved already another name; every rank must call it."""
-        if not all(distributed.all_gather_objects(same.exists())):
-            trainer.save_checkpoint(self.best)
-        elif trainer.is_global_zero:
-            keep_best(same)
+    def save_best(self, trainer: pl.Trainer, path: Path) -> None:
+        """Save the checkpoint of this step and make best.ckpt a link to it; every rank must call it."""
+        if not distributed.from_first(path.exists):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveCheckpoints):
+                    callback.save(trainer)
+                    callback.writer.wait()
+        if trainer.is_global_zero and path.exists():
+            keep_best(path)

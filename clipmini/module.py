@@ -1,7 +1,8 @@
 """The training step."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,10 +13,13 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
+from clipmini.cluster.sharding import Skeleton, checkpoint_contexts, shard_modules
+from clipmini.ema import AVERAGE, WeightAverage, Weights
 from clipmini.errors import UserError
+from clipmini.guard import Guard, can_skip
 from clipmini.model import Model, encode_image, encode_text, open_clip_config
 from clipmini.objective import ContrastiveLoss
-from clipmini.optim import parameter_groups
+from clipmini.optim import match_memory_format, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ class ClipModule(pl.LightningModule):
         schedule: takes the optimizer and `total_steps`.
         total_steps: of the whole run.
         micro_batch: pictures encoded at a time; None encodes the local batch at once.
+        guard: against steps that are not finite.
+        average: of the weights, or None.
 
     Raises:
         UserError: micro-batches that would not be exact.
@@ -44,6 +50,8 @@ class ClipModule(pl.LightningModule):
         schedule: Callable[..., Any],
         total_steps: int,
         micro_batch: int | None,
+        guard: Guard,
+        average: WeightAverage | None,
     ) -> None:
         super().__init__()
         batch_norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
@@ -54,15 +62,34 @@ class ClipModule(pl.LightningModule):
                 f"micro_batch={micro_batch}: this model has BatchNorm, which would normalise over each micro-batch: "
                 "set micro_batch=null or take a model without it"
             )
+        self.batch_norms = batch_norms
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
         self.total_steps = total_steps
         self.micro_batch = micro_batch
+        self.guard = guard
+        self.average = average
+        self.scaler: Any = None  # of gradients, with precision 16-mixed
+        self.skeleton: Skeleton | None = None  # of a model whose weights are in shards
         self.last: dict[str, Tensor] = {}  # what the step measured, for whoever logs; on the device, not read here
 
+    def configure_model(self) -> None:
+        """Cut the weights into shards if the strategy is for that; Lightning may call it again."""
+        if self.device_mesh is not None and self.skeleton is None:
+            self.skeleton = Skeleton(self.model)
+            shard_modules(self, self.device_mesh, forward="encode")
+
+    @contextlib.contextmanager
+    def whole_model(self, device: torch.device) -> Iterator[Model]:
+        """Give the model with whole weights, to use on this process alone; every rank must call it."""
+        yield self.model.to(device) if self.skeleton is None else self.skeleton.fill(self.model, device)
+
     def on_train_start(self) -> None:
+        self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if self.average is not None:
+            self.average.start(self.model)
         if self.has_local_batch_norm and self.trainer.world_size > 1:
             log.warning(
                 "this model has BatchNorm, which normalises over the batch of a process where there is no GPU: the run "
@@ -81,6 +108,8 @@ class ClipModule(pl.LightningModule):
             )
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        statistics = (buffer for layer in self.batch_norms for buffer in layer.buffers())
+        self.guard.protect([self.model.logit_scale, *statistics])
         features = self.embed(batch["image"], batch["text"], batch.get("negative_text"))
         scale = self.model.logit_scale.exp()
         result = self.loss(
@@ -91,7 +120,7 @@ class ClipModule(pl.LightningModule):
             negative_ids=batch.get("negative_id"),
         )
         self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
-        return result["loss"]
+        return self.guard.mark(result["loss"], features.values())
 
     def embed(self, image: Tensor, text: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
         """Encode a batch: unit vectors [b, D] of pictures, captions and, if there are any, hard negatives.
@@ -108,6 +137,7 @@ class ClipModule(pl.LightningModule):
                 self.encode,
                 *(None if rows is None else rows[start : start + size] for rows in (image, text, negative)),
                 use_reentrant=False,
+                context_fn=checkpoint_contexts,
             )
             for start in range(0, len(image), size)
         ]
@@ -120,23 +150,60 @@ class ClipModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the norm, and keep the norm for the log."""
+        """Clip by the norm, keep the norm for the log, and have a bad step change nothing."""
+        if self.scaler is not None and can_skip(optimizer):
+            self.scaler.unscale_(optimizer)  # Lightning leaves that to fused optimizers: too late for the norm
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
-        self.last["grad_norm"] = norm
+        self.last["grad_norm"] = norm = distributed.full(norm)
+        self.guard.judge(norm)
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.guard.hold(optimizer, has_scaler=self.scaler is not None)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step, and clamp the scale at once, so that a checkpoint never holds it unclamped."""
         super().optimizer_step(*arguments, **options)
         self.loss.clamp_(self.model.logit_scale)
+        self.guard.finish(self.trainer.optimizers[0])
+        if self.average is not None:
+            self.average.update(self.model, self.guard.bad)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop after too many bad steps in a row; what they were has been read already where the run is logged."""
+        step = self.trainer.global_step
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 or step == self.trainer.max_steps:
+            self.guard.read(step)
+            self.guard.check(step)
+
+    def holding(self, weights: Weights) -> contextlib.AbstractContextManager[None]:
+        """Have the model hold the trained weights, or their average, for a while."""
+        if weights == "trained":
+            return contextlib.nullcontext()
+        assert self.average is not None
+        return self.average.applied(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how the model is made, so that a checkpoint alone is enough to use it."""
+        """Say how the model is made, so that a checkpoint alone is enough to use it; every rank must call it."""
         checkpoint["open_clip_config"] = open_clip_config(self.model)
+        self.guard.read(self.trainer.global_step)
+        checkpoint["bad_steps"] = self.guard.state_dict()
+        if self.average is not None:
+            checkpoint |= self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the counts of bad steps and the average of weights."""
+        if "bad_steps" in checkpoint:  # not in those of older versions
+            self.guard.load_state_dict(checkpoint["bad_steps"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint)
+        if (self.average is not None) != (AVERAGE in checkpoint):
+            lost = "begins at this checkpoint, which has none" if self.average else "of this checkpoint is given up"
+            log.warning("ema.decay: the average of weights %s", lost)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.model))
+        optimizer.register_load_state_dict_post_hook(match_memory_format)
         scheduler = self.schedule(optimizer, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

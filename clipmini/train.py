@@ -1,7 +1,9 @@
 """`clipmini train`: check everything, build, train, export, evaluate."""
 
 import logging
+import multiprocessing
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,13 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import clipmini
-from clipmini import checkpoint, launch
-from clipmini.config import build, build_all
+from clipmini import launch
+from clipmini.checkpoints import disk, resume
+from clipmini.checkpoints.writer import DurableCheckpointIO
+from clipmini.cluster import signals
+from clipmini.cluster.hangs import explain_lost_process, record_collectives
+from clipmini.config import build, build_all, check_all
 from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
 from clipmini.data.health import read_causes
 from clipmini.data.loader import ImageTextData, explain_workers
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
-from clipmini.errors import UserError
+from clipmini.ema import WeightAverage, Weights, check_weights
+from clipmini.errors import Stopped, UserError
 from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator
@@ -27,8 +34,12 @@ from clipmini.evaluation.results import log_results
 from clipmini.evaluation.tasks import Protocol
 from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
-from clipmini.model import count_parameters, image_size, padding, synchronize_batch_norm
+from clipmini.export.open_clip_directory import export_open_clip
+from clipmini.guard import Guard
+from clipmini.model import count_parameters, image_size, open_clip_config, padding, synchronize_batch_norm
 from clipmini.module import ClipModule
+from clipmini.redaction import redact
+from clipmini.sources import EXPORTED
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +53,30 @@ def train(cfg: DictConfig) -> None:
     run = Path(cfg.paths.run)
     processes = launch.read_launch()
     set_up_logging(run / "train.log", rank=processes.rank)
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # refuse what is missing before anything is done
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
-    resume = find_checkpoint(run, config)
-
+    check_all(cfg)  # before anything is done; what is missing is refused too
     launch.check_batch(processes, batch_size=cfg.batch_size, micro_batch=cfg.micro_batch)
+    device = launch.train_device(cfg.trainer.accelerator, processes)
+    record_collectives(str(run))
+    signals.listen()
+    others = multiprocessing.active_children()
+    try:
+        with launch.joined(processes, device, cfg.timeouts.start):
+            train_together(cfg, processes, run)
+        signals.stop_listening()
+    except BaseException as error:
+        signals.ignore() if isinstance(error, Stopped) else signals.stop_listening()
+        raise
+    finally:
+        for worker in multiprocessing.active_children():
+            if worker not in others:  # what is left leaves signals to this process, and Python would wait for it
+                worker.kill()
+
+
+def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None:
+    """Do what each process of a run does, once they are together."""
+    # Unresolved: what comes from the environment stays there. Checkpoints hold it too.
+    config = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
+    newest = resume.find_checkpoint(run, config)
     datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
     opened = open_sets(read_entries(datasets, "evaluation.datasets"))
     data = build_data(cfg, processes)
@@ -58,28 +88,31 @@ def train(cfg: DictConfig) -> None:
     data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
     evaluation = build_evaluation(cfg, opened, data, tokenize, run)
     trainer = build_trainer(cfg, processes, total_steps, evaluation)
+    if newest:
+        resume.check_same_model(open_clip_config(module.model), newest)
 
     if processes.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run / "config.yaml")
+        disk.set_aside(run / "checkpoints", newest)
+        OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
         log_header(cfg, trainer, module, data)
-    fit(trainer, module, data, resume)
+    fit(trainer, module, data, newest, cfg.timeouts.step)
     log_health(run / "quarantine.jsonl", total_steps * cfg.batch_size)
-    model = module.model.to(trainer.strategy.root_device)
-    if processes.rank == 0:
-        checkpoint.export_open_clip(model, run / "model")
+    export(trainer, module, run)
     evaluation.evaluate(trainer, module, total_steps)
     log_results(evaluation.rows)
     log_files(run)
 
 
-def find_checkpoint(run: Path, config: dict[str, Any]) -> Path | None:
-    """Return the newest checkpoint of a run, if there is one and it is of this config."""
-    found = checkpoint.list_checkpoints(run / "checkpoints")
-    if not found:
-        return None
-    checkpoint.check_same_run(config, checkpoint.load_checkpoint(found[-1])["hyper_parameters"], run)
-    return found[-1]
+def export(trainer: pl.Trainer, module: ClipModule, run: Path) -> None:
+    """Write the trained model and, if there is one, that with the average of its weights; every rank must call it."""
+    if trainer.is_global_zero:
+        shutil.rmtree(run / EXPORTED["average"], ignore_errors=True)
+    kinds: tuple[Weights, ...] = ("trained",) if module.average is None else ("trained", "average")
+    for weights in kinds:
+        with module.holding(weights), module.whole_model(trainer.strategy.root_device) as model:
+            if trainer.is_global_zero:
+                export_open_clip(model, run / EXPORTED[weights])
 
 
 def count_steps(steps: int | None, epochs: float | None, num_samples: int, batch_size: int) -> int:
@@ -114,7 +147,8 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
     loss = build(cfg, "loss")
     model = build(cfg, "model", image_size=cfg.image_size, init_scale=loss.init_scale, init_bias=loss.init_bias)
-    if launch.can_synchronize_batch_norm(processes, launch.choose_accelerator(cfg.trainer.accelerator)):
+    accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
+    if launch.can_synchronize_batch_norm(processes, accelerator):
         model = synchronize_batch_norm(model)
     module = ClipModule(
         model,
@@ -123,6 +157,13 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
         schedule=build(cfg, "schedule"),
         total_steps=total_steps,
         micro_batch=cfg.micro_batch,
+        guard=Guard(batch_size=cfg.batch_size, **cfg.bad_steps),
+        average=None if cfg.ema.decay is None else WeightAverage(**cfg.ema),
+    )
+    launch.check_sharding(
+        cfg.trainer.strategy,
+        launch.choose_precision(cfg.trainer.precision, accelerator),
+        has_local_batch_norm=module.has_local_batch_norm,
     )
     module.save_hyperparameters(config, logger=False)
     try:
@@ -141,6 +182,9 @@ def build_evaluation(
         UserError: values that cannot work, or held-out pairs that cannot be read.
     """
     options = cfg.evaluation
+    check_weights(options.weights, "evaluation.weights")
+    if options.weights == "average" and cfg.ema.decay is None:
+        raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
     protocol = Protocol(seed=cfg.seed, resamples=options.bootstrap_resamples)
     held_out = None
     if data.held_out is not None:
@@ -152,7 +196,8 @@ def build_evaluation(
         output=run / "results.jsonl",
         every_n_steps=options.every_n_steps,
         best_metric=options.best_metric,
-        best=run / "checkpoints" / checkpoint.BEST,
+        best=run / "checkpoints" / disk.BEST,
+        weights=options.weights,
     )
 
 
@@ -170,8 +215,9 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
         )
     accelerator = launch.choose_accelerator(options.accelerator)
     launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
+    durable = {name: cfg.checkpoint[name] for name in ("background", "retries", "retry_seconds", "parts_timeout")}
     try:
-        return build(
+        trainer = build(
             cfg,
             "trainer",
             accelerator=accelerator,
@@ -183,7 +229,7 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
             max_epochs=-1,
             callbacks=[*callbacks, *build_all(cfg, "callbacks")],
             logger=build_all(cfg, "logger"),
-            plugins=[checkpoint.AtomicCheckpointIO(), launch.choose_environment(processes)],
+            plugins=[DurableCheckpointIO(**durable), launch.choose_environment(processes)],
             default_root_dir=cfg.paths.run,
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -193,21 +239,26 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
         )
     except (MisconfigurationException, ValueError) as error:
         raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from error
+    launch.take_over_signals(trainer)
+    return trainer
 
 
-def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, resume: Path | None) -> None:
+def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:
     """Train from the start or from a checkpoint; a run that is complete only gets its weights back."""
-    if resume and checkpoint.checkpoint_step(resume) >= trainer.max_steps:
-        module.load_state_dict(checkpoint.load_checkpoint(resume)["state_dict"])
-        log.info("already trained: %s is at the last of %d steps", resume, trainer.max_steps)
+    if newest and disk.checkpoint_step(newest) >= trainer.max_steps:
+        content = disk.load_checkpoint(newest, verify=False)
+        module.load_state_dict(content["state_dict"])
+        module.on_load_checkpoint(content)
+        log.info("already trained: %s is at the last of %d steps", newest, trainer.max_steps)
         return
-    if resume:
-        log.info("resuming from %s", resume)
+    if newest:
+        resume.log_resume(newest, trainer.world_size)
     start = time.perf_counter()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     except RuntimeError as error:
         explain_workers(error, num_workers=data.num_workers, timeout=data.timeout)
+        explain_lost_process(error, step_timeout)
         raise
     log.info("trained in %s", format_seconds(time.perf_counter() - start))
 
@@ -255,6 +306,7 @@ def log_files(run: Path) -> None:
         "ledger": "step, position and key of every sample",
         "results.jsonl": "the table above",
         "checkpoints": "to go on from",
+        "model_average": "the same as below, with the average of the weights",
         "model": 'open_clip.create_model_and_transforms("local-dir:{run}/model")',
     }
     near = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run

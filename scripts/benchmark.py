@@ -3,10 +3,12 @@
 benchmark.py data        the loader, against webdataset's pipeline as open_clip runs it, and torch's set of loose files
 benchmark.py loss        the losses, against open_clip's and torch's; and a step in micro-batches against one at once
 benchmark.py evaluation  ImageNet's zero-shot classifier, against open_clip's; and retrieval, against a whole matrix
+benchmark.py checkpoint  how long the training stands still for a checkpoint, against Lightning's ModelCheckpoint
 """
 
 import argparse
 
+import benchmark_checkpoint
 import benchmark_data
 import benchmark_evaluation
 import benchmark_loss
@@ -16,7 +18,7 @@ def main() -> None:
     """Run a benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation):
+    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint):
         benchmark.add_parser(commands)
     options = parser.parse_args()
     options.run(options)

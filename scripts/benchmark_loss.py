@@ -22,6 +22,7 @@ from benchmark_tables import print_table, take_turns
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
+from clipmini.guard import Guard
 from clipmini.losses import info_nce, siglip
 from clipmini.model import create_model
 from clipmini.module import ClipModule
@@ -87,6 +88,8 @@ def make_training_step(pairs: int, micro_batch: int | None) -> Step:
         schedule=lambda optimizer, total_steps: None,
         total_steps=1,
         micro_batch=micro_batch,
+        guard=Guard(batch_size=pairs, max_in_a_row=1, skip_spikes=False, window=128, sigmas=6.0),
+        average=None,
     )
     image = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
     text = torch.randint(1, 49406, (pairs, 32))

@@ -21,11 +21,13 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch.multiprocessing import start_processes
 
-from clipmini import config
+from clipmini import cli, config
+from clipmini.checkpoints import disk
 from clipmini.data.augment import Augmentation
 from clipmini.data.cache import ShardCache
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import ClipTokenizer
+from clipmini.guard import Guard
 from clipmini.objective import ContrastiveLoss
 
 pytest_plugins = ["packing"]  # its fixtures
@@ -78,6 +80,12 @@ def make_objective(kind: str = "infonce", **changes: Any) -> ContrastiveLoss:
         "terms": {"image_text": 1.0},
     }
     return ContrastiveLoss(kind=kind, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def make_guard(**changes: Any) -> Guard:
+    """Make a guard as the config does, for a batch of 12, but for the changes."""
+    options = {"batch_size": 12, "max_in_a_row": 20, "skip_spikes": False, "window": 128, "sigmas": 6.0}
+    return Guard(**{**options, **changes})  # type: ignore[arg-type]
 
 
 def make_cache(directory: Path, **changes: Any) -> ShardCache:
@@ -142,6 +150,15 @@ def tiny_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model file of the tiny model."""
     path = tmp_path_factory.mktemp("model") / "tiny.json"
     path.write_text(json.dumps(TINY))
+    return path
+
+
+def save_checkpoint(content: Any, path: Path) -> Path:
+    """Write a checkpoint as a run does."""
+    disk.begin_checkpoint(path)
+    step = disk.checkpoint_step(path) if path.name.startswith("step-") else 0
+    about = {"step": step, "samples": 0, "world_size": 1}
+    disk.commit_checkpoint(path, about, {"rank-00000.pt": disk.write_part(path, 0, content)})
     return path
 
 
@@ -216,6 +233,27 @@ def run_command(arguments: Sequence[str], cwd: Path, timeout: float = 300) -> su
 def run_clipmini(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run `python -m clipmini`."""
     return run_command([sys.executable, "-m", "clipmini", *arguments], cwd)
+
+
+@pytest.fixture
+def run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Run the command in this process, without the seconds that a new one takes to load torch."""
+
+    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        capsys.readouterr()
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
+
+    return run
 
 
 def in_processes(count: int, function: Callable, directory: Path, *arguments: object) -> list:

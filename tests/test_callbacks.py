@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def test_a_resumed_run_lists_every_bad_sample_once(compose: Compose, tiny_json: 
     run(compose, tiny_json, shards, tmp_path / "whole", *whole)
     run(compose, tiny_json, shards, tmp_path / "parts", "steps=6", "data.ledger=true")
     # As if it had been killed after step 6, with nothing saved since step 4.
-    (tmp_path / "parts/checkpoints/step-00000006.ckpt").unlink()
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000006.ckpt")
     with open(tmp_path / "parts/quarantine.jsonl", "a") as file:
         file.write('{"position": 96, "cau')  # and in the middle of a line
     run(compose, tiny_json, shards, tmp_path / "parts", *whole)

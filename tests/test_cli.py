@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, run_clipmini, write_tar
+from conftest import QUICK, run_clipmini, run_command, write_tar
 
 from clipmini import cli
 
@@ -131,3 +131,30 @@ def test_defects_of_our_own_keep_their_traceback(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("clipmini.train.train", fail)
     with pytest.raises(ValueError, match="a bug"):
         main("train")
+
+
+SWEEPS = [
+    (["--multirun", "trainer.devices=2", "seed=0,1"], "trainer.devices=2 in a sweep: its runs have one process here; "),
+    (["hydra.mode=MULTIRUN", "trainer.devices=2"], "trainer.devices=2 in a sweep"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), SWEEPS)
+def test_a_sweep_over_several_devices_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
+    result = run_clipmini("train", *overrides, *QUICK, "data.train=x", cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stdout + result.stderr
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert "hydra/launcher=slurm submits each run" in result.stderr
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=slurm"]], ids=["here", "slurm"])
+def test_a_sweep_in_several_processes_is_refused(launcher: list[str], tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    sweep = ["-m", "clipmini", "train", "--multirun", *launcher, *QUICK, "data.train=x", "seed=0,1"]
+    result = run_command([sys.executable, *torchrun, *sweep], tmp_path)
+    assert result.returncode == 1  # torchrun's own, which tells those of the processes
+    assert (
+        "exitcode  : 2" in result.stderr
+        and result.stderr.count("clipmini: --multirun in 2 processes of torchrun: ") == 1
+    )
+    assert not os.listdir(tmp_path)

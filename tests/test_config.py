@@ -19,14 +19,16 @@ Compose = Callable[..., DictConfig]
 YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
 COMMANDS = [path.stem for path in YAMLS if path.parent.name == "commands"]
 CHOICES = [
-    f"{path.parent.name}={path.stem}"
+    f"{path.parent.relative_to(config.CONFIG_DIR)}={path.stem}"
     for path in YAMLS
     if path.parent != config.CONFIG_DIR and path.stem not in COMMANDS
 ]
 
 
 def test_every_group_has_choices() -> None:
-    groups = "callbacks data evaluation experiment hydra logger loss model optimizer paths schedule trainer"
+    groups = (
+        "callbacks data evaluation experiment hydra hydra/launcher logger loss model optimizer paths schedule trainer"
+    )
     assert {choice.split("=")[0] for choice in CHOICES} == set(groups.split())
 
 
@@ -47,7 +49,9 @@ def test_choice_composes_and_resolves(
         assert resolved["name"] == choice.removeprefix("experiment=").replace("none", "dev")
 
 
-@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.split("=")[0] not in ("hydra", "paths")])
+@pytest.mark.parametrize(
+    "choice", [choice for choice in CHOICES if choice.split("=")[0] not in ("hydra", "hydra/launcher", "paths")]
+)
 def test_choice_builds(
     choice: str, compose: Compose, shards: Path, tiny_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +64,7 @@ def test_choice_builds(
     if choice == "trainer=gpu":  # this choice must stop on a machine without a GPU
         cfg.trainer.accelerator = "cpu"
 
-    needs_launcher = choice in ("trainer=ddp", "trainer=multi_node")
+    needs_launcher = choice in ("trainer=ddp", "trainer=fsdp", "trainer=multi_node")
     processes = launch.Launch("torchrun" if needs_launcher else "none", 2 if needs_launcher else 1, 2, 0)
     if needs_launcher:
         for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
@@ -117,18 +121,19 @@ class Thing:
         self.number, self.names, self.mode, self.child = number, names, mode, child
 
 
+ALLOWED = {"allow_targets": [f"{__name__}."]}
 THING = {"_target_": f"{__name__}.Thing", "number": 1, "names": ["x"]}
 
 
 def test_build_makes_plain_objects_and_passes_runtime_objects_through() -> None:
     marker = object()
-    thing = config.build(OmegaConf.create({"a": {"thing": THING}}), "a.thing", child=marker)
+    thing = config.build(OmegaConf.create({**ALLOWED, "a": {"thing": THING}}), "a.thing", child=marker)
     assert thing.number == 1 and type(thing.names) is list
     assert thing.child is marker
 
 
 def test_build_keeps_a_partial_open() -> None:
-    factory = config.build(OmegaConf.create({"thing": {**THING, "_partial_": True}}), "thing", mode="b")
+    factory = config.build(OmegaConf.create({**ALLOWED, "thing": {**THING, "_partial_": True}}), "thing", mode="b")
     assert factory(child=3).mode == "b" and factory(child=3).child == 3
 
 
@@ -142,13 +147,13 @@ def test_build_keeps_a_partial_open() -> None:
         ({"names": "x"}, r"thing\.names='x' has the wrong type: expected list\[str\]"),
         ({"names": ["x", 1]}, r"thing\.names=\['x', 1\] has the wrong type"),
         ({"mode": "c"}, r"thing\.mode='c' has the wrong type"),
-        ({"_target_": "clipmini.nothing.at_all"}, r"thing\._target_=clipmini.nothing.at_all cannot be imported"),
+        ({"_target_": f"{__name__}.nothing"}, rf"thing\._target_={__name__}.nothing cannot be imported"),
         ({"child": {**THING, "number": "x"}}, r"thing\.child\.number='x' has the wrong type"),
     ],
 )
 def test_build_refuses_unknown_keys_and_wrong_types(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.build(OmegaConf.create({"thing": {**THING, **changes}}), "thing")
+        config.build(OmegaConf.create({**ALLOWED, "thing": {**THING, **changes}}), "thing")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

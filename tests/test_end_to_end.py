@@ -4,10 +4,7 @@ import csv
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +24,11 @@ COLUMNS = {
     "train/scale",
     "train/lr",
     "train/grad_norm",
+    "train/bad_steps",
     "throughput/samples_per_second",
     "throughput/data_wait",
     "data/bad_samples",
+    "checkpoint/failures",
 }
 
 
@@ -144,9 +143,9 @@ def test_equal_captions_that_are_shared_reach_a_loss_that_others_cannot(
             "data.augmentation.ratio=[1.0,1.0]",
             f"loss.duplicates={duplicates}",
             "batch_size=16",
-            "steps=300",
+            "steps=500",
             "optimizer.lr=3e-3",
-            "checkpoint.every_n_steps=300",
+            "checkpoint.every_n_steps=500",
             f"paths.run={tmp_path / duplicates}",
         ]
         train(compose(*overrides))
@@ -174,36 +173,6 @@ def test_hard_negatives_are_trained_with(shards: Path, tiny_json: Path, tmp_path
         losses[key] = read_metrics(tmp_path / key / "outputs/run")[0]["train/loss"]
     # Up to 8 more columns for each of 16 rows; the columns of captions stay.
     assert 0.05 < losses["wrong"] - losses["null"] < math.log(24 / 16)
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
-    options = [*QUICK, "name=run", "steps=400", "data.num_workers=1", "checkpoint.every_n_steps=1000"]
-    options += [f"model.name={tiny_json}", f"data.train={shards}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipmini", "train", *options],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = tmp_path / "outputs/run/metrics.csv"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the loader's workers too
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted at step" in error and "the same command goes on" in error and "Traceback" not in error
-    (saved,) = (tmp_path / "outputs/run/checkpoints").iterdir()
-    step = int(saved.stem.split("-")[1])
-    assert 3 <= step < 400
-
-    result = run_clipmini("train", *options, f"steps={step + 3}", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"resuming from {saved}" in result.stdout
-    assert [row["step"] for row in read_metrics(tmp_path / "outputs/run")] == list(range(1, step + 4))
 
 
 def test_learns_pairs_by_heart_and_names_their_classes(

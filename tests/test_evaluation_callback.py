@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from test_model import make_model
 from test_zero_shot import make_encoder
 
 from clipmini import train
-from clipmini.checkpoint import list_checkpoints, load_checkpoint
+from clipmini.checkpoints.disk import checkpoint_step, list_checkpoints, load_checkpoint
 from clipmini.data.captions import caption_ids
 from clipmini.errors import UserError
 from clipmini.evaluation.validation import read_held_out, validate
@@ -87,21 +88,19 @@ def test_the_best_checkpoint_is_kept_over_a_resume(
     directory = run(compose, tiny_json, shards, tmp_path / "run", *overrides)
     losses = {int(step): float(loss) for step, loss in metrics(directory, "val/loss")}
     best = min(losses, key=losses.__getitem__)
+    saved = sorted(
+        {2, 4, 6} | {step for step in losses if losses[step] < min([losses[n] for n in range(1, step)] or [9])}
+    )
+    found = list_checkpoints(directory / "checkpoints")
+    assert [checkpoint_step(path) for path in found] == sorted({*saved[-2:], best})
     assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
-    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [
-        "step-00000004.ckpt",
-        "step-00000006.ckpt",
-    ]
 
-    # From step 4 on again: the same best one, and every step is in the files once.
-    (directory / "checkpoints/step-00000006.ckpt").unlink()
-    (directory / "checkpoints/best.ckpt").unlink()
+    # From the one before the last on again: the same best one, and every step is in the files once.
+    shutil.rmtree(found[-1])
     run(compose, tiny_json, shards, tmp_path / "run", *overrides)
     assert {int(step): float(loss) for step, loss in metrics(directory, "val/loss")} == losses
-    if best > 4:
-        assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
-    else:
-        assert not (directory / "checkpoints/best.ckpt").exists()
+    assert list_checkpoints(directory / "checkpoints") == found
+    assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
 
 
 def test_results_of_steps_that_are_done_again_are_replaced(
@@ -110,7 +109,7 @@ def test_results_of_steps_that_are_done_again_are_replaced(
     overrides = (f"evaluation.datasets=[{classification_set}]", "evaluation.every_n_steps=1")
     directory = run(compose, tiny_json, shards, tmp_path / "run", *overrides)
     expected = rows(directory / "results.jsonl")
-    (directory / "checkpoints/step-00000004.ckpt").unlink()
+    shutil.rmtree(directory / "checkpoints/step-00000004.ckpt")
     run(compose, tiny_json, shards, tmp_path / "run", *overrides)
     assert rows(directory / "results.jsonl") == expected
     run(compose, tiny_json, shards, tmp_path / "run", *overrides)  # complete: nothing is done

@@ -100,9 +100,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize(("change", "cause", "detail"), SAMPLES.values(), ids=SAMPLES)
-def test_a_bad_sample_is_replaced_and_told(
-    change: Callable[[dict], object], cause: str, detail: str, tmp_path: Path
-) -> None:
+def test_bad_data_matrix(change: Callable[[dict], object], cause: str, detail: str, tmp_path: Path) -> None:
     samples = whole()
     key = samples[BROKEN]["__key__"]
     expected = read_all(make(write(tmp_path / "good", whole()), tmp_path, max_member_bytes=50_000))

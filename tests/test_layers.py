@@ -8,12 +8,16 @@ import clipmini
 PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
+    {"redaction"},
     {"annotations", "distributed", "console", "files"},
+    {"targets"},
+    {"hydra_checks"},
     {"config"},
-    {"data", "model", "tiles", "optim"},
+    {"data", "model", "tiles", "optim", "guard", "ema"},
     {"losses"},
     {"objective"},
-    {"launch", "module", "checkpoint", "loggers"},
+    {"cluster", "checkpoints"},
+    {"launch", "module", "loggers"},
     {"sources", "callbacks", "evaluation"},
     {"evaluation_callback", "watch", "export"},
     {"train"},
@@ -21,8 +25,11 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-HYDRA = {"config", "cli", "train", "evaluate", "export.run", "shards.command"}
-LIGHTNING = {"data.loader", "module", "checkpoint", "loggers", "callbacks", "evaluation_callback", "launch", "train"}
+HYDRA = {"config", "hydra_checks", "cli", "train", "evaluate", "export.run", "shards.command"}
+LIGHTNING = {
+    *("data.loader", "module", "loggers", "callbacks", "evaluation_callback", "launch", "train"),
+    *("checkpoints.writer", "checkpoints.saving", "cluster.hangs", "cluster.fsdp"),
+}
 
 
 def imports() -> dict[str, set[str]]:

@@ -61,9 +61,7 @@ def test_batches_are_as_described(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_global_batches_do_not_depend_on_ranks_and_workers(
-    world_size: int, workers: int, shards: Path, tmp_path: Path
-) -> None:
+def test_uneven_shards(world_size: int, workers: int, shards: Path, tmp_path: Path) -> None:
     options = {"batch_size": 24, "num_steps": 4}
     expected = list(load(shards, tmp_path, **options))
     loaders = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_processes, make_objective
+from conftest import in_processes, make_guard, make_objective
 from contrast import LOSSES, MODES, peak_bytes
 from test_model import make_model, write_json
 from torch import Tensor
@@ -37,6 +37,8 @@ def make_module(
         schedule=lambda optimizer, total_steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
         total_steps=3,
         micro_batch=micro_batch,
+        guard=make_guard(),
+        average=None,
     )
     return module.double()
 

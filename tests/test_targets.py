@@ -106,7 +106,7 @@ def test_what_users_choose_from(target: str) -> None:
 
 
 def test_our_own_names_are_those_of_the_yaml_files() -> None:
-    assert "clipmini.checkpoints.disk.SaveCheckpoints" in config.own_names() and len(config.own_names()) > 10
+    assert "clipmini.checkpoints.saving.SaveCheckpoints" in config.own_names() and len(config.own_names()) > 10
     assert not any(name.startswith(("os.", "builtins.")) for name in config.own_names())
 
 

@@ -213,7 +213,7 @@ def merge(
     """
     first, *others = parts
     if SHARDED not in first:
-        return dict(first)
+        return first  # type: ignore[return-value]
     sharded = first[SHARDED]
 
     def put_together(path: str, value: Any) -> Any:
