@@ -38,9 +38,6 @@ def alone() -> Iterator[None]:
         _is_alone = False
 
 
-_patience = _timeout = 1800.0  # seconds; see `set_patience`
-
-
 def rank() -> int:
     """Return the number of this process."""
     return dist.get_rank() if is_distributed() else 0

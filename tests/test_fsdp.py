@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from clipmini import distributed
 from clipmini.cluster.fsdp import FullyShardedStrategy
-from clipmini.cluster.sharding import find_blocks, gather
+from clipmini.cluster.sharding import find_blocks
 from clipmini.model import encode_image
 from clipmini.module import ClipModule
 
@@ -86,7 +86,11 @@ def backward(module: ClipModule, batch: Tensors, strategy: FullyShardedStrategy 
 
 
 def gradients(module: ClipModule) -> Tensors:
-    return {name: gather(value.grad).clone() for name, value in module.named_parameters() if value.grad is not None}
+    return {
+        name: distributed.full(value.grad).clone()
+        for name, value in module.named_parameters()
+        if value.grad is not None
+    }
 
 
 def count_together(module: ClipModule) -> list[int]:
@@ -150,7 +154,7 @@ def step_and_count(path: str, optimizer: dict[str, Any]) -> tuple[Tensors, int, 
         whole = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
     assert torch.equal(before, torch.get_rng_state())
     assert torch.allclose(features, features[:1])
-    weights = {name: gather(value).clone() for name, value in module.state_dict().items()}
+    weights = {name: distributed.full(value.detach()).clone() for name, value in module.state_dict().items()}
     assert all(torch.equal(whole[name], value) for name, value in weights.items()) and whole.keys() == weights.keys()
     return weights, sum(value.numel() for value in kept), sum(value.numel() for value in module.parameters())
 

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from clipmini.distributed import full
+
 SHARDED = "sharded"  # the key under which a state says which of its tensors are in parts
 
 _is_recomputing = False
@@ -92,16 +94,10 @@ class Skeleton:
 
     def fill(self, module: nn.Module, device: torch.device) -> nn.Module:
         """Return a copy with the weights and buffers that a sharded module has now; every process must call it."""
-        whole = {name: gather(tensor).to(device) for name, tensor in module.state_dict().items()}
+        whole = {name: full(tensor.detach()).to(device) for name, tensor in module.state_dict().items()}
         filled = copy.deepcopy(self.module)
         filled.load_state_dict(whole, assign=True)
         return filled.to(device)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Put a tensor together of all processes' parts of it; every process must call it."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)

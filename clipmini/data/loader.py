@@ -18,7 +18,7 @@ from clipmini.data.health import Health
 from clipmini.data.index import PairFormat
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
-from clipmini.data.processes import start_loader_worker
+from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
@@ -161,7 +161,7 @@ class TrainLoader:
             prefetch_factor=self.prefetch_factor if has_workers else None,
             timeout=self.timeout if has_workers else 0,
             pin_memory=self.pin_memory,
-            worker_init_fn=start_loader_worker,
+            worker_init_fn=leave_signals_to_main,
         )
         try:
             yield from loader

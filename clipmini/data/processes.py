@@ -100,18 +100,15 @@ def start_worker(stop: Event) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
-def leave_signals_to_main() -> None:
+def leave_signals_to_main(_: int = 0) -> None:
     """Ignore what a terminal or a scheduler sends to all processes of a job: the main one decides what it means.
+
+    As it is, a `worker_init_fn` of torch's DataLoader, which passes the number of the worker.
 
     A loader's worker that died would take the step down with it that the main process still wants to end.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-
-
-def start_loader_worker(_: int) -> None:
-    """Prepare a worker of torch's DataLoader, which sees by itself whether the main process lives."""
-    leave_signals_to_main()
 
 
 def die_with_parent() -> None:

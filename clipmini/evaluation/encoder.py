@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipmini import distributed
 from clipmini.data.decode import EvaluationTransform
 from clipmini.data.health import Fault
-from clipmini.data.processes import start_loader_worker
+from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
@@ -94,7 +94,7 @@ def load_pictures(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=start_loader_worker,
+        worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),  # its own: a training run's random numbers stay what they are
     )
 
