@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -87,15 +88,25 @@ def test_ctrl_c_in_the_terminal_of_torchrun(shards: Path, tiny_json: Path, tmp_p
 
 
 def test_second_ctrl_c_ends_at_once(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, 1, arguments(tiny_json, shards, "data.num_workers=1"), CLIPMINI_TEST_SLOW_SAVE="1")
+    # A step that the first one would have to wait for.
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "from pytorch_lightning.callbacks import Callback\n"
+        "class Sleep(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        time.sleep(300 if trainer.global_step == 3 else 0)\n"
+    )
+    own = ("data.num_workers=1", "+callbacks.sleep._target_=mine.Sleep", "allow_targets=[mine.]")
+    process = start(
+        tmp_path, 1, arguments(tiny_json, shards, *own), PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])
+    )
     wait_for_steps(tmp_path, process, 3)
-    process.send_signal(signal.SIGSTOP)  # so that the first one cannot end it before the second comes
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(signals.SECONDS_OF_ONE_CTRL_C + 0.2)
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) in (-signal.SIGINT, 85)
+    time.sleep(signals.SECONDS_OF_ONE_CTRL_C + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+    assert "interrupted twice" in output(tmp_path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
