@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model as users start them: on one process, or several under torchrun."""
+"""Whole runs of a tiny model: on one process, or several as under torchrun; `start` starts them as users do."""
 
 import csv
 import os
@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import QUICK, run_command
+from conftest import QUICK
+from forked import run_forked
 
 from clipmini.checkpoints.disk import list_checkpoints, load_checkpoint
 
@@ -40,8 +41,9 @@ def command(processes: int, arguments: list[str]) -> list[str]:
 
 
 def run(directory: Path, processes: int, arguments: list[str]) -> None:
+    """Train to the end."""
     directory.mkdir(exist_ok=True)
-    result = run_command(command(processes, arguments), directory)
+    result = run_forked(["train", *arguments], directory, processes=processes)
     assert result.returncode == 0, result.stderr
 
 

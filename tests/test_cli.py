@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUICK, run_clipmini, run_command, write_tar
+from forked import run_forked
 
 from clipmini import cli
 
@@ -141,7 +142,7 @@ SWEEPS = [
 
 @pytest.mark.parametrize(("overrides", "message"), SWEEPS)
 def test_a_sweep_over_several_devices_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
-    result = run_clipmini("train", *overrides, *QUICK, "data.train=x", cwd=tmp_path)
+    result = run_forked(["train", *overrides, *QUICK, "data.train=x"], tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stdout + result.stderr
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert "hydra/launcher=slurm submits each run" in result.stderr

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, read_sample, run_clipmini, run_command, save_checkpoint, write_tar
+from conftest import QUICK, read_sample, save_checkpoint, write_tar
+from forked import run_forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model import make_model
 
@@ -46,12 +47,9 @@ def evaluate(model: Path, datasets: object, directory: Path, *overrides: str) ->
 
 def test_two_processes_write_what_one_does(model: Path, classification_set: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", f"model={model}", f"datasets=[{classification_set}]", "bootstrap_resamples=20"]
-    alone = run_clipmini(*arguments, "num_workers=1", "cache=null", "output=alone.jsonl", cwd=tmp_path)
+    alone = run_forked([*arguments, "num_workers=1", "cache=null", "output=alone.jsonl"], tmp_path)
     assert alone.returncode == 0, alone.stderr
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = run_command(
-        [*launcher, "-m", "clipmini", *arguments, "num_workers=0", "cache=null", "output=together.jsonl"], tmp_path
-    )
+    together = run_forked([*arguments, "num_workers=0", "cache=null", "output=together.jsonl"], tmp_path, processes=2)
     assert together.returncode == 0, together.stderr
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "together.jsonl").read_bytes()
     assert "2 x CPU" in together.stdout and together.stdout.count("Zero-shot classification") == 1
@@ -183,15 +181,16 @@ def read_scalars(run: Path, tag: str) -> list[tuple[int, float]]:
 def watcher(tiny_json: Path, classification_set: Path, tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A companion of a run that has one checkpoint yet."""
     write_checkpoint(tmp_path / "run", tiny_json, 1)
-    process = subprocess.Popen(watch_command(tmp_path, classification_set), stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "clipmini", *watch_arguments(tmp_path, classification_set)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.wait()
 
 
-def watch_command(directory: Path, classification_set: Path) -> list[str]:
+def watch_arguments(directory: Path, classification_set: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "clipmini", "evaluate", f"model={directory / 'run'}"),
+        *("evaluate", f"model={directory / 'run'}"),
         *(f"datasets=[{classification_set}]", f"output={directory / 'results.jsonl'}", "watch=true", "num_workers=0"),
         *("bootstrap_resamples=20", "poll_seconds=0.1", "best_metric=" + set_name(classification_set) + "/acc1"),
     ]
@@ -222,7 +221,7 @@ def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
         write_checkpoint(run, tiny_json, step)
     time.sleep(0.01)
     export_open_clip(make_model(str(tiny_json)), run / "model")  # what a run does last
-    result = run_command(watch_command(tmp_path, classification_set), tmp_path)
+    result = run_forked(watch_arguments(tmp_path, classification_set), tmp_path)
     assert result.returncode == 0, result.stderr
     found = rows(output)
     assert [row["step"] for row in found] == [1, 2, 3, 4] and len({row["weights"] for row in found}) == 4
@@ -237,7 +236,7 @@ def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
 
 def test_a_watched_run_that_trains(shards: Path, classification_set: Path, tiny_json: Path, tmp_path: Path) -> None:
     options = [*QUICK, f"model.name={tiny_json}", f"data.train={shards}", f"paths.output={tmp_path}", "name=run"]
-    assert run_clipmini("train", *options, "checkpoint.keep_last=9", cwd=tmp_path).returncode == 0
-    result = run_command(watch_command(tmp_path, classification_set), tmp_path)
+    assert run_forked(["train", *options, "checkpoint.keep_last=9"], tmp_path).returncode == 0
+    result = run_forked(watch_arguments(tmp_path, classification_set), tmp_path)
     assert result.returncode == 0, result.stderr
     assert [row["step"] for row in rows(tmp_path / "results.jsonl")] == [2, 4]

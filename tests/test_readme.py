@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, read_sample, run_clipmini, run_command
+from conftest import QUICK, read_sample, run_command
+from forked import run_forked
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -91,11 +92,11 @@ def test_own_data_in_three_commands(tiny_json: Path, tmp_path: Path) -> None:
     for number, sample in enumerate(read_sample("train/noto-00000.tar", 20)):
         Image.open(io.BytesIO(sample["webp"])).save(pictures / f"{number}.jpg")
         (pictures / f"{number}.txt").write_bytes(sample["txt"])
-    result = run_clipmini(*shlex.split(pack, comments=True)[1:], cwd=tmp_path)
+    result = run_forked(shlex.split(pack, comments=True)[1:], tmp_path)
     assert result.returncode == 0, result.stderr
 
     smaller = [*QUICK, f"model.name={tiny_json}", "steps=2"]
-    result = run_clipmini("train", *overrides(train), *smaller, cwd=tmp_path)
+    result = run_forked(["train", *overrides(train), *smaller], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "20 pairs" in result.stdout
     result = run_command([sys.executable, *shlex.split(use)[1:]], tmp_path)

@@ -2,14 +2,14 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import QUICK, run_command
+from conftest import QUICK
+from forked import run_forked
 from omegaconf import OmegaConf
 from servers import serve
 
@@ -87,7 +87,7 @@ def find_canaries(directory: Path, *texts: str) -> set[str]:
 
 
 def run(work: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return run_command([sys.executable, "-m", "clipmini", *arguments], work)
+    return run_forked(arguments, work)
 
 
 def test_canary_secret(work: Path, shards: Path, tiny_json: Path, classification_set: Path, run_here: Run) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from conftest import read_sample, run_command, write_tar
+from conftest import read_sample, write_tar
+from forked import run_forked
 from runs import STEPS, command, final_state, last_checkpoint, options, read_ledgers, read_losses, run
 from servers import S3
 
@@ -203,7 +204,7 @@ def test_s3_is_read_resumed_and_waited_for(s3: S3, tiny_json: Path, tmp_path: Pa
 def test_s3_without_the_bucket_is_one_message(s3: S3, tiny_json: Path, tmp_path: Path) -> None:
     storage = f"data.cache.storage_options={{s3:{{endpoint_url:'{s3.url}'}}}}"
     arguments = options(tiny_json, "s3://nowhere/a.tar", storage, f"paths.cache={tmp_path}/cache")
-    result = run_command(command(1, arguments), tmp_path)
+    result = run_forked(["train", *arguments], tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stdout + result.stderr
     assert result.stderr.startswith("clipmini: data.train=s3://nowhere/a.tar: ") and result.stderr.count("\n") == 1
 
@@ -228,6 +229,6 @@ def test_too_many_bad_samples_stop_all_processes_at_one_step(tiny_json: Path, tm
         sample["txt"] = b""
     write_tar(tmp_path / "shards/a.tar", samples)
     arguments = options(tiny_json, tmp_path / "shards", "data.max_bad_fraction=0.001", "steps=200")
-    result = run_command(command(2, arguments), tmp_path)
-    assert result.returncode != 0
+    result = run_forked(["train", *arguments], tmp_path, processes=2)
+    assert result.returncode == 2
     assert result.stderr.count("of the last 10000 samples cannot be used") == 2  # each says so itself, none was killed

@@ -13,7 +13,8 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import QUICK, run_clipmini, save_checkpoint
+from conftest import QUICK, save_checkpoint
+from forked import run_forked
 from omegaconf import DictConfig
 
 from clipmini.checkpoints import disk, resume
@@ -262,7 +263,7 @@ def test_disk_full(small_disk: Path, shards: Path, tiny_json: Path, tmp_path: Pa
     options = [*QUICK, "steps=7", f"model.name={tiny_json}", f"data.train={shards}", "schedule=constant"]
     options += [f"paths.run={small_disk}/run", "checkpoint.retries=0", "data.ledger=true"]
     resize(30)  # a checkpoint has 20 MB: there is room for one
-    process = run_clipmini("train", *options, cwd=tmp_path)
+    process = run_forked(["train", *options], tmp_path)
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert "step-00000004.ckpt cannot be written (1 of 1 times): [Errno 28] No space left on device" in process.stderr
     assert "make room there, and the same command goes on from the newest one" in process.stderr
@@ -270,9 +271,9 @@ def test_disk_full(small_disk: Path, shards: Path, tiny_json: Path, tmp_path: Pa
     disk.verify_checkpoint(small_disk / "run/checkpoints/step-00000002.ckpt")
 
     resize(200)
-    process = run_clipmini("train", *options, cwd=tmp_path)
+    process = run_forked(["train", *options], tmp_path)
     assert process.returncode == 0 and "step-00000002.ckpt, the newest that is complete" in process.stdout
-    assert run_clipmini("train", *options, f"paths.run={tmp_path}/whole", cwd=tmp_path).returncode == 0
+    assert run_forked(["train", *options, f"paths.run={tmp_path}/whole"], tmp_path).returncode == 0
     check_same(small_disk / "run", tmp_path / "whole", 7)
     ledgers = [path / "ledger/rank-00000.csv" for path in (small_disk / "run", tmp_path / "whole")]
     assert ledgers[0].read_text() == ledgers[1].read_text()

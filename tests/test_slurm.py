@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, run_clipmini
+from conftest import QUICK
+from forked import run_forked
 from runs import final_state, read_ledgers
 from slurm_cluster import Cluster, why_not
 
@@ -62,7 +63,7 @@ def options(shards: Path, tiny_json: Path, steps: int = STEPS) -> list[str]:
 def whole(shards: Path, tiny_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of one process without SLURM."""
     directory = tmp_path_factory.mktemp("whole")
-    result = run_clipmini("train", *options(shards, tiny_json), cwd=directory)
+    result = run_forked(["train", *options(shards, tiny_json)], directory)
     assert result.returncode == 0, result.stderr
     return directory
 

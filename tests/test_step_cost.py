@@ -57,7 +57,7 @@ def test_collective_count(tiny_json: Path, shards: Path, tmp_path: Path) -> None
         [],
         ["ema.decay=0.9", "ema.warmup=true", "bad_steps.skip_spikes=true", "checkpoint.every_n_minutes=5"],
     ]
-    arguments = [*options(tiny_json, shards), "trainer.log_every_n_steps=100"]
+    arguments = [*options(tiny_json, shards), "trainer.log_every_n_steps=100", "preemption.check_every_seconds=9999"]
     for counts in in_processes(2, count_collectives, tmp_path, tmp_path, arguments, features):
         assert counts[0].get("c10d::allreduce_", 0) >= 3 and counts[1] == counts[0] and counts[2] == counts[0]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUICK, run_clipmini
+from forked import run_forked
 from omegaconf import OmegaConf
 
 from clipmini import config
@@ -57,7 +58,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("override", EVIL.values(), ids=EVIL)
-def test_evil_target(override: str, run_here: Run, tmp_path: Path) -> None:
+def test_evil_config(override: str, run_here: Run, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     (tmp_path / "marker.py").write_text(f"open({str(marker)!r}, 'w')")
     name = ["name=os.mkdir"] if "${name}" in override.format(m=marker) else []
@@ -71,7 +72,7 @@ def test_evil_target(override: str, run_here: Run, tmp_path: Path) -> None:
 def test_escape_through_a_whole_run(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
     node = f"{{_target_:pytorch_lightning.callbacks.timer.os.system,command:'touch {tmp_path}/marker'}}"
     overrides = [*QUICK, f"data.train={shards}", f"model.name={tiny_json}", "name=x", f"+callbacks.x={node}"]
-    result = run_clipmini("train", *overrides, cwd=tmp_path)
+    result = run_forked(["train", *overrides], tmp_path)
     assert result.returncode == 2 and "clipmini: callbacks.x._target_=pytorch_lightning.callbacks" in result.stderr
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["train.log"]
 
@@ -177,7 +178,7 @@ def test_a_package_of_ones_own(shards: Path, tiny_json: Path, run_here: Run, tmp
         ),
     ],
 )
-def test_a_file_gives_itself_no_rights(text: str, message: str, run_here: Run, tmp_path: Path) -> None:
+def test_evil_yaml(text: str, message: str, run_here: Run, tmp_path: Path) -> None:
     (tmp_path / "configs/experiment").mkdir(parents=True)
     (tmp_path / "configs/experiment/evil.yaml").write_text(f"# @package _global_\n{text}\n")
     result = run_here("train", "--config-dir", "configs", "experiment=evil", "data.train=x")

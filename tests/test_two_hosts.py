@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_clipmini
+from forked import run_forked
 from runs import final_state, options, read_ledgers
 
 PORT = 29500
@@ -116,7 +116,7 @@ def test_a_link_that_fails_ends_both_hosts_and_the_run_goes_on_later(
     arguments = options(tiny_json, shards, *slow)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    result = run_clipmini("train", *arguments, cwd=tmp_path / "whole")
+    result = run_forked(["train", *arguments], tmp_path / "whole")
     assert result.returncode == 0, result.stderr
 
     hosts = [start(network, number, tmp_path / "parts", arguments) for number in range(2)]

@@ -7,7 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import make_cache, read_sample, run_clipmini, write_tar
+from conftest import make_cache, read_sample, write_tar
+from forked import run_forked
 from PIL import Image
 from servers import serve
 from test_picture import png_header
@@ -140,7 +141,7 @@ def test_command_prints_defects_and_exits_with_1(shards: Path, tmp_path: Path, c
     write_tar(tmp_path / "shards/x.tar", samples)
     (tmp_path / "shards/sizes.json").write_text(json.dumps({"x.tar": 6}))
     pattern = f"data.train='{tmp_path}/shards/{{x,y}}.tar'"
-    result = run_clipmini("shards", "verify", pattern, f"paths.cache={tmp_path}/cache", cwd=tmp_path)
+    result = run_forked(["shards", "verify", pattern, f"paths.cache={tmp_path}/cache"], tmp_path)
     assert result.returncode == 1, result.stderr
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert rows == [
