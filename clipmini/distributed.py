@@ -18,8 +18,10 @@ from clipmini.errors import UserError
 
 Result = TypeVar("Result")
 
+DEFAULT_TIMEOUT = 1800.0  # seconds
+
 _is_alone = False
-_patience = _timeout = 1800.0  # seconds; see `set_patience`
+_patience = _timeout = DEFAULT_TIMEOUT  # see `set_patience`
 
 
 def is_distributed() -> bool:

@@ -205,7 +205,7 @@ def own_gpu(processes: Launch) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(processes: Launch, device: torch.device, timeout: float = 1800.0) -> Iterator[None]:
+def joined(processes: Launch, device: torch.device, timeout: float = distributed.DEFAULT_TIMEOUT) -> Iterator[None]:
     """Have the processes that a launcher made work together.
 
     They are let go at the end, while Python is still whole: the threads of a group that lives on would end the process

@@ -194,8 +194,7 @@ class ClipModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the counts of bad steps and the average of weights."""
-        if "bad_steps" in checkpoint:  # not in those of older versions
-            self.guard.load_state_dict(checkpoint["bad_steps"])
+        self.guard.load_state_dict(checkpoint["bad_steps"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint)
         if (self.average is not None) != (AVERAGE in checkpoint):
