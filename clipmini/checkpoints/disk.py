@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, BinaryIO, cast
 
 import torch
@@ -129,19 +130,22 @@ def write_record(path: Path, rank: int, record: Mapping[str, Any]) -> None:
     write_atomically(temporary_path(path) / f"{part_name(rank)}.json", json.dumps(record).encode())
 
 
-def collect_records(path: Path, world_size: int, timeout: float) -> dict[str, Any]:
+def collect_records(path: Path, world_size: int, timeout: Callable[[], float]) -> dict[str, Any]:
     """Wait for the parts of the other processes, and return what they say of them by the files' names.
 
+    Args:
+        timeout: seconds for all of them, asked again and again, since it may become shorter.
+
     Raises:
-        OSError: one did not come within `timeout` seconds.
+        OSError: one did not come in time.
     """
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
     records = {}
     for name in map(part_name, range(1, world_size)):
         file = temporary_path(path) / f"{name}.json"
         while not file.exists():
-            if time.monotonic() > deadline:
-                raise OSError(f"{name} did not come within {timeout:g} seconds: is {path.parent} on a shared disk?")
+            if time.monotonic() - start > timeout():
+                raise OSError(f"{name} did not come within {timeout():g} seconds: is {path.parent} on a shared disk?")
             time.sleep(PARTS_POLL_SECONDS)
         records[name] = json.loads(file.read_bytes())
         file.unlink()
@@ -224,8 +228,18 @@ def load_parts(path: Path) -> list[dict[str, Any]]:
 
 
 def load_part(path: Path, rank: int = 0) -> dict[str, Any]:
-    """Read what a process wrote of a checkpoint; the first one's has all but the others' rows of tensors in shards."""
-    return torch.load(path / part_name(rank), map_location="cpu", weights_only=True, mmap=True)
+    """Read what a process wrote of a checkpoint; the first one's has all but the others' rows of tensors in shards.
+
+    Raises:
+        UserError: there is code in it.
+    """
+    try:
+        return torch.load(path / part_name(rank), map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path}: {part_name(rank)} is what its {MANIFEST} says, but holds code, which is not run: take {path} "
+            "away, and the run goes on from the checkpoint before"
+        ) from error
 
 
 def find_newest_valid(directory: Path) -> Path | None:

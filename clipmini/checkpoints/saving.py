@@ -74,6 +74,7 @@ class SaveCheckpoints(Callback):
         self.max_failures = max_failures
         self.requeue = requeue
         self.agreement = Agreement([STOP, SAVE, GIVE_UP], every_seconds=check_every_seconds)
+        self.agreed: set[str] = set()  # what all processes know of without an exchange
         self.saved_step: int | None = None  # the newest that is saved or being written
         self.failed_in_a_row = 0
         self.random_states: list[dict[str, Any]] | None = None  # to go back to before the first step
@@ -115,13 +116,13 @@ class SaveCheckpoints(Callback):
         signals.listen_to_ctrl_c()
         self.ask()
         if STOP in self.agreement.at_start(trainer.global_step):
-            self.stop(trainer)
+            self.stop(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
         self.look_at_writer()
         self.ask()
-        agreed = self.agreement.at_step(step)
+        agreed = self.agreement.at_step(step) | self.agreed
         if step == trainer.max_steps or STOP in agreed:
             self.save(trainer)
             self.finish()
@@ -130,7 +131,11 @@ class SaveCheckpoints(Callback):
         if GIVE_UP in agreed:
             raise UserError(self.tell_failures())
         if STOP in agreed and step < trainer.max_steps:
-            self.stop(trainer)
+            self.stop(step)
+
+    def stop_at_this_step(self) -> None:
+        """Have the run end after this step; every rank must call it."""
+        self.agreed = {STOP}
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         assert trainer.train_dataloader is not None
@@ -198,7 +203,7 @@ class SaveCheckpoints(Callback):
             "wrong is above): make room there, and the same command goes on from the newest one"
         )
 
-    def stop(self, trainer: pl.Trainer) -> None:
+    def stop(self, step: int) -> None:
         """End the run, after its checkpoint is on the disk, and have SLURM start it again if it is to.
 
         Raises:
@@ -206,9 +211,8 @@ class SaveCheckpoints(Callback):
         """
         received = {number.name: None for number in distributed.all_gather_objects(signals.received()) if number}
         name = " and ".join(received)
-        step = trainer.global_step
         path = disk.checkpoint_path(self.directory, step)
-        where = f"{path} is saved" if self.saved_step == step else "there is nothing to save"
+        where = f"{path} is saved" if path.exists() else "there is nothing to save"
         again = "the same command goes on from there"
         # All wait for it: srun may kill the first process when another one has ended.
         if self.requeue and set(received) != {"SIGINT"} and distributed.from_first(slurm.requeue):
@@ -221,6 +225,7 @@ class SaveCheckpoints(Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         signals.stop_listening_to_ctrl_c()
         if hasattr(self, "writer"):
+            self.writer.hurry()
             self.writer.wait()  # what is being written is good
 
 

@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
+PARTS_SECONDS_AFTER_AN_ERROR = 20.0  # launchers kill what is left of a run after some 30
+
 
 class Staging:
     """Copies a state to memory on the CPU that is kept for the next copy: memory that is new costs more than the copy.
@@ -94,7 +96,7 @@ class DurableCheckpointIO(CheckpointIO):
         if rank:
             disk.write_record(path, rank, record)
             return
-        records = {disk.part_name(0): record} | disk.collect_records(path, about["parts"], self.parts_timeout)
+        records = {disk.part_name(0): record} | disk.collect_records(path, about["parts"], lambda: self.parts_timeout)
         self.try_again(path, lambda: disk.commit_checkpoint(path, about, records))
         self.committed()
 
@@ -118,6 +120,10 @@ class DurableCheckpointIO(CheckpointIO):
             return None
         task, self.task = self.task, None
         return self.path, task.error
+
+    def hurry(self) -> None:
+        """Wait for the parts of other processes, which may be no more, only as long as those that live may need."""
+        self.parts_timeout = min(self.parts_timeout, PARTS_SECONDS_AFTER_AN_ERROR)
 
     def wait(self) -> None:
         """Wait until nothing is being written; how that ended stays for `take_result`."""
