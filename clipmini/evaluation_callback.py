@@ -1,9 +1,10 @@
 """Evaluation while a run trains: every process takes its share, so that none waits for another into a time-out."""
 
+import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -12,15 +13,18 @@ from clipmini import distributed
 from clipmini.callbacks import Monitor
 from clipmini.checkpoints.disk import checkpoint_path, keep_best
 from clipmini.checkpoints.saving import SaveCheckpoints
+from clipmini.cluster import signals
 from clipmini.data.tokenizer import Tokenize
 from clipmini.ema import Weights
 from clipmini.errors import UserError
-from clipmini.evaluation.encoder import Encoder
+from clipmini.evaluation.encoder import Encoder, Interrupted
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows, row_scalars
 from clipmini.evaluation.validation import HeldOut, validate
 from clipmini.module import ClipModule
 from clipmini.objective import ContrastiveLoss
+
+Kind = TypeVar("Kind", bound=Callback)
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +32,8 @@ log = logging.getLogger(__name__)
 class Evaluation(Callback):
     """Evaluates every n steps, keeps the best checkpoint, and is called once more after the last step is saved.
 
-    It changes nothing of the run: not its random numbers, not the mode of its modules, not the order of samples.
+    It changes nothing of the run: not its random numbers, not the mode of its modules, not the order of samples. A
+    signal that asks the run to stop is not kept waiting: the evaluation is given up, and done when the run goes on.
 
     Args:
         evaluator: the sets, and how they are measured.
@@ -73,34 +78,65 @@ class Evaluation(Callback):
         self.best = best
         self.weights = weights
         self.best_value: float | None = None
+        self.evaluated_step = 0  # the last one
         self.rows: list[Row] = []  # of the last time
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value}
+        return {"best_value": self.best_value, "evaluated_step": self.evaluated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
+        self.evaluated_step = state_dict["evaluated_step"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # what a resumed run does again is written again
             keep_rows(self.output, lambda row: (row.get("step") or 0) <= trainer.global_step)
+        if trainer.global_step > self.evaluated_step:  # given up before the run was stopped
+            self.evaluate_if_due(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step < trainer.max_steps:
-            assert isinstance(module, ClipModule)
-            start = time.perf_counter()
-            self.evaluate(trainer, module, step)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Monitor):
-                    callback.leave_out(time.perf_counter() - start)
+        start = time.perf_counter()
+        if self.evaluate_if_due(trainer, module):
+            for monitor in find_callbacks(trainer, Monitor):
+                monitor.leave_out(time.perf_counter() - start)
 
-    def evaluate(self, trainer: pl.Trainer, module: ClipModule, step: int) -> None:
-        """Evaluate, log and keep what is found; every rank must call it."""
+    def evaluate_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+        """Evaluate at every n-th step but the last, which is evaluated when all is done; say whether it was one."""
+        assert isinstance(module, ClipModule)
+        step, every = trainer.global_step, self.every_n_steps
+        is_due = every is not None and step > 0 and step % every == 0 and step < trainer.max_steps
+        if is_due:
+            self.evaluate(trainer, module, step)
+        return is_due
+
+    def evaluate_at_end(self, trainer: pl.Trainer, module: ClipModule) -> None:
+        """Evaluate what is trained; every rank must call it.
+
+        Raises:
+            Stopped: a process is asked to stop.
+        """
+        if not self.evaluate(trainer, module, trainer.max_steps):
+            for saving in find_callbacks(trainer, SaveCheckpoints):
+                saving.stop(trainer.max_steps)
+
+    def evaluate(self, trainer: pl.Trainer, module: ClipModule, step: int) -> bool:
+        """Evaluate, log and keep what is found; every rank must call it.
+
+        Returns:
+            Whether it came to its end: not if a process is asked to stop.
+        """
         device = trainer.strategy.root_device
-        with module.holding(self.weights), module.whole_model(device) as model:
-            encoder = self.evaluator.encoder(model, self.tokenize, device)
-            scalars = self.measure(trainer, module.loss, encoder, step)
+        try:
+            with module.holding(self.weights), module.whole_model(device) as model:
+                is_stopping = functools.partial(is_asked_to_stop, trainer)
+                encoder = self.evaluator.encoder(model, self.tokenize, device, is_asked_to_stop=is_stopping)
+                scalars = self.measure(trainer, module.loss, encoder, step)
+        except Interrupted:
+            log.info("step %d: the evaluation is given up, since the run is to stop; it is done when it goes on", step)
+            for saving in find_callbacks(trainer, SaveCheckpoints):
+                saving.stop_at_this_step()
+            return False
+        self.evaluated_step = step
         if step < trainer.max_steps:
             log_short(self.rows, step)
         for logger in trainer.loggers:
@@ -108,6 +144,7 @@ class Evaluation(Callback):
                 logger.log_metrics(scalars, step)
                 logger.save()
         self.save_if_best(trainer, scalars, step)
+        return True
 
     def measure(self, trainer: pl.Trainer, loss: ContrastiveLoss, encoder: Encoder, step: int) -> dict[str, float]:
         """Evaluate on the held-out pairs and the sets, and return the numbers as loggers name them."""
@@ -143,9 +180,18 @@ class Evaluation(Callback):
     def save_best(self, trainer: pl.Trainer, path: Path) -> None:
         """Save the checkpoint of this step and make best.ckpt a link to it; every rank must call it."""
         if not distributed.from_first(path.exists):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SaveCheckpoints):
-                    callback.save(trainer)
-                    callback.writer.wait()
+            for saving in find_callbacks(trainer, SaveCheckpoints):
+                saving.save(trainer)
+                saving.writer.wait()
         if trainer.is_global_zero and path.exists():
             keep_best(path)
+
+
+def is_asked_to_stop(trainer: pl.Trainer) -> bool:
+    """Say whether a signal asks this process to end, if there is what stops the run."""
+    return signals.are_received() and bool(find_callbacks(trainer, SaveCheckpoints))
+
+
+def find_callbacks(trainer: pl.Trainer, kind: type[Kind]) -> list[Kind]:
+    """Return those of a run's callbacks that are of a kind; the config may leave any out."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

@@ -99,7 +99,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     fit(trainer, module, data, newest, cfg.timeouts.step)
     log_health(run / "quarantine.jsonl", total_steps * cfg.batch_size)
     export(trainer, module, run)
-    evaluation.evaluate(trainer, module, total_steps)
+    evaluation.evaluate_at_end(trainer, module)
     log_results(evaluation.rows)
     log_files(run)
 

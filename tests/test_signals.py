@@ -1,5 +1,6 @@
 """Signals stop a run at a step of all its processes, after its checkpoint is on the disk; exit code 85."""
 
+import json
 import os
 import signal
 import stat
@@ -138,6 +139,49 @@ def test_during_a_save_and_an_evaluation(
     assert process.wait(timeout=100) == 85
     step = checkpoint_step(list_checkpoints(tmp_path / "outputs/run/checkpoints")[-1])
     assert f"stopped by SIGTERM at step {step}; " in output(tmp_path)
+
+
+SLOW = """
+import time
+from clipmini.evaluation import encoder
+from pytorch_lightning.callbacks import Callback
+
+class Slow(Callback):
+    def __init__(self):
+        whole = encoder.encode_image
+        def encode_image(*arguments, **options):
+            time.sleep(1)
+            return whole(*arguments, **options)
+        encoder.encode_image = encode_image
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evaluation_that_takes_longer_than_a_scheduler_waits(
+    processes: int, shards: Path, tiny_json: Path, classification_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(SLOW)
+    given = options(tiny_json, shards, "steps=4", f"evaluation.datasets=[{classification_set}]")
+    given += ["evaluation.bootstrap_resamples=10", "evaluation.batch_size=1"]  # 21 pictures, a second each
+    # In the middle of the run, and at its end with one process.
+    given += [f"evaluation.every_n_steps={'null' if processes == 1 else 3}"]
+    slow = [*given, "+callbacks.slow._target_=mine.Slow", "allow_targets=[mine.]"]
+    process = start(tmp_path, processes, slow, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    wait_for_steps(tmp_path, process, 4 if processes == 1 else 2)
+    time.sleep(1)
+    for pid in ranks(process):
+        os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    code, step = process.wait(timeout=100), 4 if processes == 1 else 3
+    assert time.monotonic() - began < 9
+    assert code == 85 if processes == 1 else output(tmp_path).count("exitcode  : 85") == 2, output(tmp_path)
+    assert f"step {step}: the evaluation is given up" in output(tmp_path)
+    assert f"clipmini: stopped by SIGTERM at step {step}; " in output(tmp_path) and "is saved" in output(tmp_path)
+    results = tmp_path / "outputs/run/results.jsonl"
+    assert not results.exists() or not results.read_text()
+    run(tmp_path, processes, given)
+    found = [(row["step"], row["weights"]) for row in map(json.loads, results.read_text().splitlines())]
+    assert [step for step, _ in found] == ([4] if processes == 1 else [3, 4]) and len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])

@@ -5,7 +5,7 @@ that features are too, bit by bit, and nothing is padded or seen twice.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ from clipmini.model import Model, encode_image, encode_text, padding
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_UNREADABLE = 0.01  # of the pictures of a set
+
+
+class Interrupted(Exception):
+    """A process was asked to stop, so that all of them have given up what they encoded."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Encoder:
         num_workers: processes that decode; 0 decodes in this one.
         precision: fp32, bf16 or fp16; features are normalised and kept in fp32 anyway.
         cache: where features are kept, or None.
+        is_asked_to_stop: looked at after each batch; see `Interrupted`.
         sentences: how many have been encoded, by all processes.
     """
 
@@ -119,6 +124,7 @@ class Encoder:
     device: torch.device
     precision: str = "fp32"
     cache: FeatureCache | None = None
+    is_asked_to_stop: Callable[[], bool] = lambda: False
     sentences: int = field(default=0, init=False)
 
     def shares(self, count: int) -> list[list[range]]:
@@ -147,6 +153,7 @@ class Encoder:
 
         Raises:
             UserError: more than 1 % of them cannot be read.
+            Interrupted: a process was asked to stop.
         """
         if self.cache is None:
             return self.encode_pictures(pictures, before_projection)
@@ -173,7 +180,19 @@ class Encoder:
                     features.append(encode_image(self.model, images, before_projection=before_projection).float())
                 kept += numbers
                 unreadable += bad
+                if self.is_asked_to_stop():
+                    break
+        self.check_interrupted()
         return self.collect(len(pictures), features, kept, unreadable)
+
+    def check_interrupted(self) -> None:
+        """Go on if no process was asked to stop; every rank must call it, after its share.
+
+        Raises:
+            Interrupted: one was.
+        """
+        if any(asked for (asked,) in distributed.all_gather_numbers(int(self.is_asked_to_stop()))):
+            raise Interrupted
 
     def collect(self, count: int, features: list[Tensor], kept: list[int], unreadable: list[str]) -> EncodedPictures:
         """Put together what all processes have encoded, in the order of the set."""
@@ -192,7 +211,11 @@ class Encoder:
         return EncodedPictures(gathered[order.to(self.device)], numbers, bad)
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
-        """Encode sentences, each different one once: fp32 unit vectors [T, D]."""
+        """Encode sentences, each different one once: fp32 unit vectors [T, D].
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
         # Of like lengths together: what is padding to all of a batch is not computed. Characters tell enough.
         ordered = sorted(set(sentences), key=lambda sentence: (len(sentence), sentence))
         shares = self.shares(len(ordered))
@@ -201,6 +224,9 @@ class Encoder:
             for batch in shares[distributed.rank()]:
                 text = trim(self.tokenize(ordered[batch.start : batch.stop]), padding(self.model)).to(self.device)
                 parts.append(encode_text(self.model, text).float())
+                if self.is_asked_to_stop():
+                    break
+        self.check_interrupted()
         self.sentences += len(ordered)
         mine = torch.cat(parts) if parts else torch.empty(0, self.model.architecture["embed_dim"], device=self.device)
         gathered = distributed.all_gather_uneven(mine)

@@ -1,6 +1,6 @@
 """Sets and a model to rows of results, for the command, for what watches a run, and for training itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,13 +60,19 @@ class Evaluator:
             raise UserError(f"precision={self.precision}: is one of {', '.join(PRECISIONS)}")
 
     def encoder(
-        self, model: Model, tokenize: Tokenize, device: torch.device, cache: FeatureCache | None = None
+        self,
+        model: Model,
+        tokenize: Tokenize,
+        device: torch.device,
+        cache: FeatureCache | None = None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Encoder:
-        """Make what encodes with a model, which must be on the device."""
+        """Make what encodes with a model, which must be on the device; see `Encoder`."""
         preprocess = model.visual.preprocess_cfg
         size = image_size(model)
         transform = EvaluationTransform(size, preprocess["resize_mode"], preprocess["interpolation"])
-        return Encoder(model, tokenize, transform, self.batch_size, self.num_workers, device, self.precision, cache)
+        options = (self.batch_size, self.num_workers, device, self.precision, cache, is_asked_to_stop)
+        return Encoder(model, tokenize, transform, *options)
 
     def run(self, encoder: Encoder, known: Sequence[Row], about: Mapping[str, Any]) -> Iterator[Result]:
         """Yield the results on each set as they are found, the same on every process.
