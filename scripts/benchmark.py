@@ -4,6 +4,7 @@ benchmark.py data        the loader, against webdataset's pipeline as open_clip 
 benchmark.py loss        the losses, against open_clip's and torch's; and a step in micro-batches against one at once
 benchmark.py evaluation  ImageNet's zero-shot classifier, against open_clip's; and retrieval, against a whole matrix
 benchmark.py checkpoint  how long the training stands still for a checkpoint, against Lightning's ModelCheckpoint
+benchmark.py train       whole runs, against open_clip's trainer: samples a second, memory, start, what is learned
 """
 
 import argparse
@@ -12,13 +13,14 @@ import benchmark_checkpoint
 import benchmark_data
 import benchmark_evaluation
 import benchmark_loss
+import benchmark_train
 
 
 def main() -> None:
     """Run a benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint):
+    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint, benchmark_train):
         benchmark.add_parser(commands)
     options = parser.parse_args()
     options.run(options)

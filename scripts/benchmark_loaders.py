@@ -114,7 +114,7 @@ class Pairs:
     bytes: float  # of a picture, on average
 
 
-def write_pairs(root: Path, folder: str | None, size: int, count: int) -> Pairs:
+def write_pairs(root: Path, folder: str | None, size: int, count: int, caption: str = CAPTION) -> Pairs:
     """Write shards, and files."""
     (root / "files").mkdir(parents=True)
     jpegs = make_jpegs(folder, size)
@@ -124,9 +124,9 @@ def write_pairs(root: Path, folder: str | None, size: int, count: int) -> Pairs:
         shards.append(str(root / f"{first:06d}.tar"))
         with open(shards[-1], "wb") as stream, webdataset.TarWriter(stream, encoder=False) as writer:
             for number in range(first, first + PER_SHARD):
-                data, caption = next(jpegs), CAPTION.format(number)
-                writer.write({"__key__": f"{number:06d}", "jpg": data, "txt": caption.encode()})
-                files.append((root / f"files/{number:06d}.jpg", caption))
+                data, text = next(jpegs), caption.format(number)
+                writer.write({"__key__": f"{number:06d}", "jpg": data, "txt": text.encode()})
+                files.append((root / f"files/{number:06d}.jpg", text))
                 files[-1][0].write_bytes(data)
     return Pairs(shards, files, sum(path.stat().st_size for path, _ in files) / len(files))
 
