@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import open_clip
 import timm
 import torch
@@ -26,7 +27,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from clipmini.annotations import check_values
+from clipmini.blocks import Block, adopt_blocks, run_blocks
 from clipmini.errors import UserError, did_you_mean
+from clipmini.lengths import split
 
 Model: TypeAlias = CLIP | CustomTextCLIP  # the only two kinds of object that are trained
 
@@ -161,6 +164,8 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
                 f"pixels only; set image_size={default} or take a timm model of the size you want"
             )
     model.architecture = architecture
+    text = text_tower(model)
+    adopt_blocks(model.visual, None if is_hugging_face else text, is_causal=padding(model) is not None)
     # Convolutions are faster with the channels last; to a transformer it makes no difference.
     model.visual.to(memory_format=torch.channels_last)
     return model
@@ -317,17 +322,34 @@ def text_tower(model: Model) -> CLIP | TextTransformer | HFTextEncoder:
     return model if isinstance(model, CLIP) else model.text
 
 
-def encode_text(model: Model, text: Tensor) -> Tensor:
-    """Encode captions: int64 [b, L] to unit vectors [b, D]; L may be shorter than the context, see `padding`."""
+def encode_text(model: Model, text: Tensor, lengths: np.ndarray | None = None) -> Tensor:
+    """Encode captions: int64 [b, L] to unit vectors [b, D]; L may be shorter than the context, see `padding`.
+
+    Args:
+        lengths: tokens of each caption, [b]: those of like lengths are encoded together, and no padding of others.
+    """
+    if lengths is None:
+        return encode_together(model, text)
+    groups, places = split(text, lengths)
+    features = torch.cat([encode_together(model, group) for group in groups])
+    return features if places is None else features.index_select(0, places)
+
+
+def encode_together(model: Model, text: Tensor) -> Tensor:
+    """Encode captions, all as long as the longest."""
     tower = text_tower(model)
     if isinstance(tower, HFTextEncoder) or padding(model) is None:
         return F.normalize(model.encode_text(text), dim=-1)
     length = text.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[:length].to(dtype)  # [b, L, width]
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
     pool_type, end_token = text_pooling(tower)
-    x = text_global_pool(x, text, pool_type, eos_token_id=end_token)  # [b, width]
+    if isinstance(tower.transformer.resblocks[-1], Block):
+        ends = (text if pool_type == "argmax" else (text == end_token).int()).argmax(dim=-1)
+        x = tower.ln_final(run_blocks(tower.transformer, x, ends))  # [b, width]
+    else:
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        x = text_global_pool(x, text, pool_type, eos_token_id=end_token)
     projection = tower.text_projection
     if projection is not None:
         x = projection(x) if isinstance(projection, nn.Linear) else x @ projection

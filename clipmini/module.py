@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +22,8 @@ from clipmini.objective import ContrastiveLoss
 from clipmini.optim import match_memory_format, parameter_groups
 
 log = logging.getLogger(__name__)
+
+INPUTS = ("image", "text", "negative_text", "text_length", "negative_text_length")  # of a batch, for the towers
 
 
 class ClipModule(pl.LightningModule):
@@ -110,7 +112,7 @@ class ClipModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         statistics = (buffer for layer in self.batch_norms for buffer in layer.buffers())
         self.guard.protect([self.model.logit_scale, *statistics])
-        features = self.embed(batch["image"], batch["text"], batch.get("negative_text"))
+        features = self.embed(batch)
         scale = self.model.logit_scale.exp()
         result = self.loss(
             features,
@@ -122,30 +124,41 @@ class ClipModule(pl.LightningModule):
         self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
         return self.guard.mark(result["loss"], features.values())
 
-    def embed(self, image: Tensor, text: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
+    def embed(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Encode a batch: unit vectors [b, D] of pictures, captions and, if there are any, hard negatives.
 
         With micro-batches the activations of one at a time exist: they are recomputed when the one backward pass of
         the one loss comes to them, with the same random numbers. That is gradient caching
         (https://arxiv.org/abs/2101.06983) by `torch.utils.checkpoint`.
         """
-        size = self.micro_batch or len(image)
-        if size >= len(image):
-            return self.encode(image, text, negative)
+        # In shards, each process must run its blocks as often as the others, whatever its captions.
+        names = INPUTS if self.skeleton is None else INPUTS[:3]
+        inputs = {name: batch[name] for name in names if name in batch}
+        count = len(batch["image"])
+        size = self.micro_batch or count
+        if size >= count:
+            return self.encode(inputs)
         parts = [
             checkpoint(
                 self.encode,
-                *(None if rows is None else rows[start : start + size] for rows in (image, text, negative)),
+                {name: rows[start : start + size] for name, rows in inputs.items()},
                 use_reentrant=False,
                 context_fn=checkpoint_contexts,
             )
-            for start in range(0, len(image), size)
+            for start in range(0, count, size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def encode(self, image: Tensor, text: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
-        features = {"image": encode_image(self.model, image), "text": encode_text(self.model, text)}
-        return features if negative is None else features | {"negative": encode_text(self.model, negative)}
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Encode some of a batch."""
+        features = {
+            "image": encode_image(self.model, inputs["image"]),
+            "text": encode_text(self.model, inputs["text"], inputs.get("text_length")),
+        }
+        if "negative_text" in inputs:
+            lengths = inputs.get("negative_text_length")
+            features["negative"] = encode_text(self.model, inputs["negative_text"], lengths)
+        return features
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

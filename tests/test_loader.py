@@ -157,6 +157,8 @@ def test_a_reader_that_is_stuck_ends_in_a_message(shards: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=r"the data did not come: .*timed out after 3.0 seconds.*data.timeout=3"):
             next(iter(data.loader(0, 1)))
         assert time.monotonic() - start < 60  # a bound, not a measurement
+    for worker in multiprocessing.active_children():
+        worker.kill()  # as a run does at its end: it leaves SIGTERM to the main process, and waits for a lock
 
 
 def test_batch_larger_than_the_data(shards: Path, tmp_path: Path) -> None:

@@ -102,8 +102,9 @@ def gradients_of_a_random_tower(path: str) -> list[dict[str, Tensor]]:
     return [*found, gradients(module, batch), gradients(module, batch, seed=1)]
 
 
-def embed_in_memory(module: ClipModule, *inputs: Tensor) -> dict[str, Tensor]:
-    parts = [module.encode(*(rows[start : start + 5] for rows in inputs)) for start in range(0, len(inputs[0]), 5)]
+def embed_in_memory(module: ClipModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    starts = range(0, len(batch["image"]), 5)
+    parts = [module.encode({name: rows[start : start + 5] for name, rows in batch.items()}) for start in starts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

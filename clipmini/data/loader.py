@@ -20,8 +20,9 @@ from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
 from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.store import ShardStore
-from clipmini.data.tokenizer import Tokenize, trim
+from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
+from clipmini.lengths import count_used
 
 
 def explain_workers(error: Exception, *, num_workers: int, timeout: float) -> None:
@@ -130,10 +131,11 @@ class TrainLoader:
             if ERROR in batch:
                 raise batch[ERROR]
             self.samples += self.batch_size
-            yield {
-                name: trim(value, self.padding) if name in ("text", "negative_text") else value
-                for name, value in batch.items()
-            }
+            if self.padding is not None:
+                for name in {"text", "negative_text"} & batch.keys():
+                    lengths = count_used(batch[name], self.padding)
+                    batch[name], batch[f"{name}_length"] = batch[name][:, : lengths.max()], lengths
+            yield batch
             start = time.perf_counter()
 
     def read_batches(self) -> Iterator[Batch]:
