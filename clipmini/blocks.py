@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 # Longer sequences are left to torch: here the probabilities, b H L L of them, are kept for the gradient.
 MAX_KEPT_LENGTH = 256
 
+MAX_COMPILED = 32
+
 Rows: TypeAlias = Tensor | slice | None  # of which tokens there is a result: int64 [b], a slice for all, or all of them
 
 
@@ -169,3 +171,25 @@ def adopt(transformer: Transformer, *, is_causal: bool) -> None:
         if type(block) is ResidualAttentionBlock and transformer.batch_first:  # not a kind of block with more in it
             block.__class__ = Block
             block.is_causal, block.gives_first = is_causal, False
+
+
+def find_blocks(module: nn.Module) -> list[nn.Module]:
+    """List the layers that towers repeat: members of a list or sequence of one class, that have parts themselves."""
+    members = list(module.children())
+    is_list = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(member) for member in members}) == 1
+    if is_list and all(any(True for _ in member.children()) for member in members):
+        return [member for member in members if any(parameter.ndim for parameter in member.parameters())]
+    return [block for member in members for block in find_blocks(member)]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch compile the blocks of the towers: those of a tower share what is compiled, as do lengths of captions.
+
+    Names of parameters stay. The number of times that anything is compiled again is bounded: what comes then runs as it
+    would without.
+    """
+    import torch._dynamo  # a second that runs without it need not wait for
+
+    torch._dynamo.config.recompile_limit = MAX_COMPILED  # of each forward pass: towers, shapes, training or not
+    for block in find_blocks(model):
+        block.compile()

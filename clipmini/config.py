@@ -114,6 +114,8 @@ class TrainConfig:
     epochs: float | None = MISSING
     steps: int | None = MISSING
     image_size: int | None = MISSING
+    compile: bool = MISSING
+    profile: bool = MISSING
     allow_targets: list[str] = field(default_factory=list)
     data: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING

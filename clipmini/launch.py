@@ -5,6 +5,7 @@ import datetime
 import gc
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,17 @@ def choose_precision(precision: str, accelerator: str) -> str:
     else:
         has_bf16 = accelerator == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def check_compiler(accelerator: str) -> None:
+    """See that torch can compile for a device.
+
+    Raises:
+        UserError: there is no C++ compiler, which it takes for a CPU.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if accelerator == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"compile=true: on a CPU torch needs a C++ compiler, and there is no {compiler} (CXX)")
 
 
 def check_processes(processes: Launch, *, devices: str | int, num_nodes: str | int, strategy: object) -> None:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Lengths at which a batch may be cut, few of them: also for torch.compile, and for tensor cores.
 MULTIPLE = 8
+# Groups end at these parts of a batch, so that there are few shapes: memory that is free fits what is asked for next.
+MAX_PARTS = 16
 # What another group costs beside its tokens, in tokens: on a GPU the launches of its kernels, on a CPU little.
 GROUP_COST = {"cpu": 256, "cuda": 4096}
 
@@ -14,6 +16,11 @@ def count_used(text: Tensor, padding: int) -> np.ndarray:
     """Return how many tokens of each row of int64 [b, L] there are up to the last that is not padding: [b]."""
     used = (text != padding).numpy()
     return np.where(used.any(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1), 1)
+
+
+def round_up(length: int) -> int:
+    """Return the next multiple of `MULTIPLE`."""
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 def group_by_length(lengths: np.ndarray, longest: int, group_cost: int) -> list[tuple[np.ndarray, int]]:
@@ -29,21 +36,27 @@ def group_by_length(lengths: np.ndarray, longest: int, group_cost: int) -> list[
     """
     rounded = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, longest)
     order = np.argsort(rounded, kind="stable")
-    edges, first = np.unique(rounded[order], return_index=True)
-    ends = [*first[1:].tolist(), len(order)]
+    edges, counts = np.unique(rounded, return_counts=True)
+    # A group may end where a sixteenth of the batch does: what is left over goes to the next one.
+    part = max(1, len(order) // MAX_PARTS)
+    ends = np.cumsum(counts) // part * part
+    ends[-1] = len(order)
+    is_new = np.diff(ends, prepend=0) > 0
+    edges, ends = edges[is_new].tolist(), ends[is_new].tolist()
+    first = [0, *ends[:-1]]
     # best[i]: the least cost of all captions that are no longer than edge i, and where its last group begins.
     best: list[tuple[int, int]] = []
-    for last, (edge, end) in enumerate(zip(edges.tolist(), ends, strict=True)):
+    for last, (edge, end) in enumerate(zip(edges, ends, strict=True)):
         starts = range(last + 1)
         before = [0 if start == 0 else best[start - 1][0] for start in starts]
-        costs = [before[start] + (end - int(first[start])) * edge + group_cost for start in starts]
+        costs = [before[start] + (end - first[start]) * edge + group_cost for start in starts]
         start = int(np.argmin(costs))
         best.append((costs[start], start))
     groups: list[tuple[np.ndarray, int]] = []
     last = len(best) - 1
     while last >= 0:
         start = best[last][1]
-        groups.append((order[first[start] : ends[last]], int(edges[last])))
+        groups.append((order[first[start] : ends[last]], edges[last]))
         last = start - 1
     return groups[::-1]
 

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 INPUTS = ("image", "text", "negative_text", "text_length", "negative_text_length")  # of a batch, for the towers
 
 
+def no_span(_: str) -> contextlib.AbstractContextManager[Any]:
+    """Measure nothing, see `clipmini.profiling`."""
+    return contextlib.nullcontext()
+
+
 class ClipModule(pl.LightningModule):
     """Trains an open_clip model with a contrastive loss under Lightning's automatic optimization.
 
@@ -75,6 +80,8 @@ class ClipModule(pl.LightningModule):
         self.average = average
         self.scaler: Any = None  # of gradients, with precision 16-mixed
         self.skeleton: Skeleton | None = None  # of a model whose weights are in shards
+        self.span: Callable[[str], contextlib.AbstractContextManager[Any]] = no_span  # of the parts of a step
+        self.updating = contextlib.ExitStack()
         self.last: dict[str, Tensor] = {}  # what the step measured, for whoever logs; on the device, not read here
 
     def configure_model(self) -> None:
@@ -114,13 +121,14 @@ class ClipModule(pl.LightningModule):
         self.guard.protect([self.model.logit_scale, *statistics])
         features = self.embed(batch)
         scale = self.model.logit_scale.exp()
-        result = self.loss(
-            features,
-            scale=scale,
-            bias=self.model.logit_bias,
-            ids=batch["id"],
-            negative_ids=batch.get("negative_id"),
-        )
+        with self.span("loss"):
+            result = self.loss(
+                features,
+                scale=scale,
+                bias=self.model.logit_bias,
+                ids=batch["id"],
+                negative_ids=batch.get("negative_id"),
+            )
         self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
         return self.guard.mark(result["loss"], features.values())
 
@@ -151,19 +159,28 @@ class ClipModule(pl.LightningModule):
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Encode some of a batch."""
-        features = {
-            "image": encode_image(self.model, inputs["image"]),
-            "text": encode_text(self.model, inputs["text"], inputs.get("text_length")),
-        }
-        if "negative_text" in inputs:
-            lengths = inputs.get("negative_text_length")
-            features["negative"] = encode_text(self.model, inputs["negative_text"], lengths)
+        with self.span("encode image"):
+            features = {"image": encode_image(self.model, inputs["image"])}
+        with self.span("encode text"):
+            features["text"] = encode_text(self.model, inputs["text"], inputs.get("text_length"))
+            if "negative_text" in inputs:
+                lengths = inputs.get("negative_text_length")
+                features["negative"] = encode_text(self.model, inputs["negative_text"], lengths)
         return features
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        with self.span("host to device"):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        with self.span("backward"):
+            super().backward(loss, *arguments, **options)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by the norm, keep the norm for the log, and have a bad step change nothing."""
+        self.updating.enter_context(self.span("optimizer"))
         if self.scaler is not None and can_skip(optimizer):
             self.scaler.unscale_(optimizer)  # Lightning leaves that to fused optimizers: too late for the norm
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
@@ -177,6 +194,7 @@ class ClipModule(pl.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step, and clamp the scale at once, so that a checkpoint never holds it unclamped."""
         super().optimizer_step(*arguments, **options)
+        self.updating.close()
         self.loss.clamp_(self.model.logit_scale)
         self.guard.finish(self.trainer.optimizers[0])
         if self.average is not None:

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import clipmini
 from clipmini import launch
+from clipmini.blocks import compile_blocks
 from clipmini.checkpoints import disk, resume
 from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals
@@ -150,6 +151,10 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
     if launch.can_synchronize_batch_norm(processes, accelerator):
         model = synchronize_batch_norm(model)
+    if cfg.compile:
+        launch.check_compiler(accelerator)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cfg.paths.cache, "compiled"))
+        compile_blocks(model)
     module = ClipModule(
         model,
         loss,
@@ -304,6 +309,7 @@ def log_files(run: Path) -> None:
         "tensorboard": "the same for `tensorboard --logdir {run}`",
         "quarantine.jsonl": "samples that could not be used",
         "ledger": "step, position and key of every sample",
+        "profile": "where the time of a step goes: a table, and a trace for chrome://tracing",
         "results.jsonl": "the table above",
         "checkpoints": "to go on from",
         "model_average": "the same as below, with the average of the weights",

@@ -5,6 +5,7 @@ benchmark.py loss        the losses, against open_clip's and torch's; and a step
 benchmark.py evaluation  ImageNet's zero-shot classifier, against open_clip's; and retrieval, against a whole matrix
 benchmark.py checkpoint  how long the training stands still for a checkpoint, against Lightning's ModelCheckpoint
 benchmark.py train       whole runs, against open_clip's trainer: samples a second, memory, start, what is learned
+benchmark.py scale       bytes moved and held by a step on up to 1,024 processes, from formulas that are checked
 """
 
 import argparse
@@ -13,14 +14,20 @@ import benchmark_checkpoint
 import benchmark_data
 import benchmark_evaluation
 import benchmark_loss
+import benchmark_scale
 import benchmark_train
+
+BENCHMARKS = (
+    *(benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint),
+    *(benchmark_train, benchmark_scale),
+)
 
 
 def main() -> None:
     """Run a benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for benchmark in (benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint, benchmark_train):
+    for benchmark in BENCHMARKS:
         benchmark.add_parser(commands)
     options = parser.parse_args()
     options.run(options)

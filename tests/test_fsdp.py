@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from clipmini import distributed
+from clipmini.blocks import find_blocks
 from clipmini.cluster.fsdp import FullyShardedStrategy
-from clipmini.cluster.sharding import find_blocks
 from clipmini.model import encode_image
 from clipmini.module import ClipModule
 

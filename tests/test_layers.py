@@ -9,7 +9,7 @@ PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
     {"redaction"},
-    {"annotations", "distributed", "console", "files"},
+    {"annotations", "distributed", "console", "files", "lengths", "blocks"},
     {"targets"},
     {"hydra_checks"},
     {"config"},
@@ -18,7 +18,7 @@ LAYERS = [
     {"objective"},
     {"cluster", "checkpoints"},
     {"launch", "module", "loggers"},
-    {"sources", "callbacks", "evaluation"},
+    {"sources", "callbacks", "profiling", "evaluation"},
     {"evaluation_callback", "watch", "export"},
     {"train"},
     {"evaluate", "shards"},
@@ -27,7 +27,7 @@ LAYERS = [
 ]
 HYDRA = {"config", "hydra_checks", "cli", "train", "evaluate", "export.run", "shards.command"}
 LIGHTNING = {
-    *("data.loader", "module", "loggers", "callbacks", "evaluation_callback", "launch", "train"),
+    *("data.loader", "module", "loggers", "callbacks", "profiling", "evaluation_callback", "launch", "train"),
     *("checkpoints.writer", "checkpoints.saving", "cluster.hangs", "cluster.fsdp"),
 }
 

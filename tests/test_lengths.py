@@ -11,7 +11,7 @@ from test_module import make_batch, make_module
 
 from clipmini import lengths as module_lengths
 from clipmini.data.tokenizer import ClipTokenizer
-from clipmini.lengths import MULTIPLE, count_used, group_by_length
+from clipmini.lengths import MAX_PARTS, MULTIPLE, count_used, group_by_length
 from clipmini.model import encode_text
 
 
@@ -23,7 +23,7 @@ def cost(groups: list[tuple[np.ndarray, int]], group_cost: int) -> int:
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_have_the_least_cost(seed: int, group_cost: int) -> None:
     generator = np.random.default_rng(seed)
-    counts = generator.integers(1, 45, size=generator.integers(1, 40))
+    counts = generator.integers(1, 45, size=generator.integers(1, 31))
     groups = group_by_length(counts, 43, group_cost)
     assert sorted(np.concatenate([rows for rows, _ in groups]).tolist()) == list(range(len(counts)))
     for rows, length in groups:
@@ -40,6 +40,14 @@ def test_groups_have_the_least_cost(seed: int, group_cost: int) -> None:
         for chosen in itertools.combinations(edges[:-1], number)
     )
     assert cost(groups, group_cost) == least
+
+
+def test_groups_of_large_batches_have_few_sizes() -> None:
+    counts = np.random.default_rng(0).integers(1, 78, size=512)
+    groups = group_by_length(counts, 77, 0)
+    assert len(groups) > 5 and all(len(rows) % (512 // MAX_PARTS) == 0 for rows, _ in groups)
+    assert all(counts[rows].max() <= length for rows, length in groups)
+    assert sorted(np.concatenate([rows for rows, _ in groups]).tolist()) == list(range(512))
 
 
 def test_tokens_are_counted_up_to_the_last() -> None:

@@ -124,6 +124,7 @@ class SaveCheckpoints(Callback):
         self.ask()
         agreed = self.agreement.at_step(step) | self.agreed
         if step == trainer.max_steps or STOP in agreed:
+            self.writer.background = False  # nothing is trained beside it, so that it need not be copied
             self.save(trainer)
             self.finish()
         elif SAVE in agreed or self.is_due(trainer):

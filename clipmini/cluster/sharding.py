@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from clipmini.blocks import find_blocks
 from clipmini.distributed import full
 
 SHARDED = "sharded"  # the key under which a state says which of its tensors are in parts
@@ -43,15 +44,6 @@ def shard_modules(root: nn.Module, mesh: DeviceMesh, *, forward: str) -> None:
         block.register_forward_hook(reshard_recomputed)
     fully_shard(root, mesh=mesh, ignored_params={parameter for parameter in root.parameters() if parameter.ndim == 0})
     register_fsdp_forward_method(root, forward)
-
-
-def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """List the layers that towers repeat: members of a list or sequence of one class, that have parts themselves."""
-    members = list(module.children())
-    is_list = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(member) for member in members}) == 1
-    if is_list and all(any(True for _ in member.children()) for member in members):
-        return [member for member in members if any(parameter.ndim for parameter in member.parameters())]
-    return [block for member in members for block in find_blocks(member)]
 
 
 @contextlib.contextmanager

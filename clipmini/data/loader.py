@@ -22,7 +22,7 @@ from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
-from clipmini.lengths import count_used
+from clipmini.lengths import count_used, round_up
 
 
 def explain_workers(error: Exception, *, num_workers: int, timeout: float) -> None:
@@ -134,7 +134,8 @@ class TrainLoader:
             if self.padding is not None:
                 for name in {"text", "negative_text"} & batch.keys():
                     lengths = count_used(batch[name], self.padding)
-                    batch[name], batch[f"{name}_length"] = batch[name][:, : lengths.max()], lengths
+                    longest = round_up(int(lengths.max()))
+                    batch[name], batch[f"{name}_length"] = batch[name][:, :longest], lengths
             yield batch
             start = time.perf_counter()
 
