@@ -160,7 +160,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def tell(error: Exception) -> str:
     """Say in one line why a file cannot be read, without torch's advice to run the code in it."""
-    if isinstance(error, UnpicklingError):
+    if isinstance(error, UnpicklingError) or isinstance(error.__cause__, UnpicklingError):
         return "it is damaged, or holds code, which is not run"
     return (str(error).split(" In PyTorch 2.6")[0].splitlines() or [type(error).__name__])[0]
 

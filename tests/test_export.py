@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -42,7 +43,9 @@ def test_open_clip(tiny_json: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
     before = deepcopy(model.state_dict())
     with caplog.at_level("INFO", "clipmini"):
         run_export(model, "open_clip", tmp_path / "new/out", license="mit")
-    assert "parity: image 0.0e+00, text 0.0e+00 (limit 1e-04)" in caplog.text
+    # What is left is how sums are rounded: the blocks of a run compute less than open_clip's.
+    (image, text) = re.findall(r"parity: image (\S+), text (\S+) \(limit 1e-04\)", caplog.text)[0]
+    assert float(image) < 1e-6 and float(text) < 1e-6
     assert model.training and all(module.training for module in model.modules())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

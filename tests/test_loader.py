@@ -19,6 +19,7 @@ from servers import serve
 from clipmini.data.dataset import Batch
 from clipmini.data.loader import TrainLoader, default_num_workers, explain_workers
 from clipmini.errors import UserError
+from clipmini.lengths import round_up
 
 
 def load(directory: object, tmp_path: Path, *, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainLoader:
@@ -55,7 +56,9 @@ def test_batches_are_as_described(shards: Path, tmp_path: Path) -> None:
         assert sorted(batch["position"]) == list(range(12 * step, 12 * step + 12))
         assert batch["image"].shape == (12, 3, 16, 16) and batch["image"].dtype == torch.uint8
         assert batch["text"].dtype == batch["id"].dtype == torch.int64 and len(batch["text"]) == len(batch["id"]) == 12
-        assert batch["text"].shape[1] == int((batch["text"] != 0).sum(dim=1).max()) < 24  # trimmed
+        lengths = (batch["text"] != 0).sum(dim=1)
+        assert batch["text_length"].tolist() == lengths.tolist()
+        assert batch["text"].shape[1] == round_up(int(lengths.max())) < 24  # trimmed
     assert len({key for batch in batches for key in batch["key"]}) == 64
 
 
