@@ -69,8 +69,8 @@ def make_loss_step(kind: str, name: str, pairs: int, width: int) -> Step:
     return step
 
 
-def make_training_step(pairs: int, micro_batch: int | None) -> Step:
-    """Make a model of the size of vit_tiny, and return what computes its gradients for a batch."""
+def make_module(pairs: int, micro_batch: int | None) -> ClipModule:
+    """Make a model of the size of vit_tiny, to be trained as a run does."""
     torch.manual_seed(0)
     objective = ContrastiveLoss(
         kind="infonce",
@@ -81,7 +81,7 @@ def make_training_step(pairs: int, micro_batch: int | None) -> Step:
         block_size=None,
         terms={"image_text": 1.0},
     )
-    module = ClipModule(
+    return ClipModule(
         create_model(name="vit_tiny", init_scale=14.0, init_bias=None).train(),
         objective,
         optimizer=torch.optim.SGD,
@@ -91,10 +91,19 @@ def make_training_step(pairs: int, micro_batch: int | None) -> Step:
         guard=Guard(batch_size=pairs, max_in_a_row=1, skip_spikes=False, window=128, sigmas=6.0),
         average=None,
     )
+
+
+def make_batch(pairs: int) -> dict[str, Tensor]:
+    """Make a batch for it."""
     image = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
     text = torch.randint(1, 49406, (pairs, 32))
     text[:, -1] = 49407  # the end token, by which the text tower pools
-    batch = {"image": image, "text": text, "id": torch.arange(pairs)}
+    return {"image": image, "text": text, "id": torch.arange(pairs)}
+
+
+def make_training_step(pairs: int, micro_batch: int | None) -> Step:
+    """Return what computes the gradients of a batch."""
+    module, batch = make_module(pairs, micro_batch), make_batch(pairs)
 
     def step() -> None:
         module.zero_grad(set_to_none=False)  # gradients stay, so that they do not count

@@ -21,16 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from benchmark_loss import make_batch, make_module
 from benchmark_tables import print_table
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from clipmini import distributed
-from clipmini.guard import Guard
 from clipmini.losses import info_nce
 from clipmini.model import count_parameters, create_model
 from clipmini.module import ClipModule
-from clipmini.objective import ContrastiveLoss
 
 KINDS = ("gather captions", "reduce-scatter gradients", "logsumexps", "gradients of weights")
 FP32 = 4
@@ -56,23 +55,6 @@ def sent(tensors: dict[str, int], world_size: int) -> dict[str, float]:
 # Counted
 
 
-def make_module(pairs: int) -> ClipModule:
-    """Make vit_tiny as a run does."""
-    torch.manual_seed(0)
-    terms = {"image_text": 1.0}
-    options = {"init_scale": 14.0, "init_bias": None, "max_scale": 100.0, "duplicates": "ignore", "block_size": None}
-    return ClipModule(
-        create_model(name="vit_tiny", init_scale=14.0, init_bias=None).train(),
-        ContrastiveLoss(kind="infonce", terms=terms, **options),  # type: ignore[arg-type]
-        optimizer=torch.optim.SGD,
-        schedule=lambda optimizer, total_steps: None,
-        total_steps=1,
-        micro_batch=None,
-        guard=Guard(batch_size=pairs, max_in_a_row=1, skip_spikes=False, window=128, sigmas=6.0),
-        average=None,
-    )
-
-
 class Step(torch.nn.Module):
     """What DDP runs."""
 
@@ -90,7 +72,7 @@ def count(rank: int, world_size: int, pairs: int, port: int, results: Any) -> No
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     found: collections.Counter[str] = collections.Counter()
-    module = make_module(pairs * world_size)
+    module = make_module(pairs * world_size, None)
 
     def counted(kind: str, function: Any, size: Any) -> Any:
         @functools.wraps(function)
@@ -112,10 +94,7 @@ def count(rank: int, world_size: int, pairs: int, port: int, results: Any) -> No
 
     parallel = DistributedDataParallel(Step(module))
     parallel.register_comm_hook(None, hook)
-    text = torch.randint(1, 49406, (pairs, 16))
-    text[:, -1] = 49407
-    image = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
-    parallel({"image": image, "text": text, "id": torch.arange(pairs)}).backward()
+    parallel(make_batch(pairs)).backward()
     if rank == 0:
         results.put((dict(found), count_parameters(module.model), module.model.architecture["embed_dim"]))
     dist.destroy_process_group()

@@ -66,7 +66,7 @@ def count_samples() -> int:
     return sum(len(index_shard(path, PairFormat())) for path in (SAMPLE / "train").glob("*.tar"))
 
 
-def compare(case: Case, root: Path, overlay: Path, rounds: int) -> tuple[list[str], dict[str, list[Measured]]]:
+def compare(case: Case, root: Path, overlay: Path, rounds: int) -> list[str]:
     """Train with both in turn, and return a row of the table."""
     found: dict[str, list[Measured]] = {name: [] for name in TRAINERS}
     for number in range(rounds):
@@ -83,8 +83,7 @@ def compare(case: Case, root: Path, overlay: Path, rounds: int) -> tuple[list[st
         cells.append(f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})")
     cells += [f"x {statistics.median(ratios):.2f}"]
     cells += [f"{median(runs, 'memory'):,.0f}" for runs in (ours, theirs)] + [f"x {memory:.2f}"]
-    cells += [f"{median(runs, 'start'):.1f}" for runs in (ours, theirs)]
-    return cells, found
+    return cells + [f"{median(runs, 'start'):.1f}" for runs in (ours, theirs)]
 
 
 def tell(measured: Measured) -> str:
@@ -119,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
         root = Path(directory)
         overlay = make_overlay(root / "overlay")
         for name in options.cases:
-            rows.append(compare(make_case(name, root, options), root, overlay, options.rounds)[0])
+            rows.append(compare(make_case(name, root, options), root, overlay, options.rounds))
         if rows:
             print(f"\nmedians of {options.rounds} rounds, {options.precision}\n")
             header = ("case", "clipmini, samples/s", "open_clip_train", "", "MiB", "MiB", "", "start, s", "start, s")
