@@ -1,8 +1,12 @@
 """Captions of like lengths together, so that one long caption does not make all of a batch as long."""
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
+
+Lengths = TypeVar("Lengths", int, np.ndarray)
 
 # Lengths at which a batch may be cut, few of them: also for torch.compile, and for tensor cores.
 MULTIPLE = 8
@@ -18,9 +22,9 @@ def count_used(text: Tensor, padding: int) -> np.ndarray:
     return np.where(used.any(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1), 1)
 
 
-def round_up(length: int) -> int:
-    """Return the next multiple of `MULTIPLE`."""
-    return -(-length // MULTIPLE) * MULTIPLE
+def round_up(lengths: Lengths) -> Lengths:
+    """Return the next multiples of `MULTIPLE`."""
+    return -(-lengths // MULTIPLE) * MULTIPLE
 
 
 def group_by_length(lengths: np.ndarray, longest: int, group_cost: int) -> list[tuple[np.ndarray, int]]:
@@ -34,7 +38,7 @@ def group_by_length(lengths: np.ndarray, longest: int, group_cost: int) -> list[
     Returns:
         The numbers of the captions, and the length, of each group.
     """
-    rounded = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, longest)
+    rounded = np.minimum(round_up(lengths), longest)
     order = np.argsort(rounded, kind="stable")
     edges, counts = np.unique(rounded, return_counts=True)
     # A group may end where a sixteenth of the batch does: what is left over goes to the next one.
