@@ -189,7 +189,7 @@ class Evaluation(Callback):
 
 def is_asked_to_stop(trainer: pl.Trainer) -> bool:
     """Say whether a signal asks this process to end, if there is what stops the run."""
-    return signals.are_received() and bool(find_callbacks(trainer, SaveCheckpoints))
+    return signals.received() is not None and bool(find_callbacks(trainer, SaveCheckpoints))
 
 
 def find_callbacks(trainer: pl.Trainer, kind: type[Kind]) -> list[Kind]:

@@ -53,11 +53,6 @@ def received() -> signal.Signals | None:
     return _received
 
 
-def are_received() -> bool:
-    """Say whether a signal asks this process to end."""
-    return _received is not None
-
-
 def _note(number: int, _: FrameType | None) -> None:
     global _received
     _received = _received or signal.Signals(number)
