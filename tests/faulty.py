@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from conftest import QUICK
+from forked import torchrun_variables
 from torch import Tensor
 
 from clipmini import distributed, launch, train
@@ -123,11 +124,8 @@ def callbacks(*more: pl.Callback) -> Iterator[None]:
 @contextlib.contextmanager
 def as_torchrun() -> Iterator[None]:
     """Tell the processes of `in_processes` what torchrun would."""
-    size, rank = str(distributed.world_size()), str(distributed.rank())
-    names = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"}
-    names["GROUP_WORLD_SIZE"] = "1"
     before = dict(os.environ)
-    os.environ.update({**names, "TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"})
+    os.environ.update(torchrun_variables(distributed.rank(), distributed.world_size(), port="1"))
     try:
         yield
     finally:

@@ -55,10 +55,17 @@ def make_environments(processes: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    size = str(processes)
-    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
-    common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [common | torchrun_variables(rank, processes, port) for rank in range(processes)]
+
+
+def torchrun_variables(rank: int, world_size: int, port: str) -> dict[str, str]:
+    """Return what torchrun tells a process of one node."""
+    size, number = str(world_size), str(rank)
+    return {
+        **{"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"},
+        **{"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": number, "LOCAL_RANK": number},
+        **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"},
+    }
 
 
 def _run(arguments: list[str], cwd: Path, variables: dict[str, str], output: str) -> None:
