@@ -172,8 +172,8 @@ def check_sets(evaluator: Evaluator) -> None:
     for opened in evaluator.opened:
         dataset = opened.dataset
         batches = make_batches(len(dataset.pictures), evaluator.batch_size)
-        loader = load_pictures(dataset.pictures, EvaluationTransform(32), batches, evaluator.num_workers)
-        bad = [text for _, _, texts in track(loader, len(batches), dataset.name) for text in texts]
+        loaded = load_pictures(dataset.pictures, EvaluationTransform(32), batches, evaluator.num_workers)
+        bad = [text for _, _, texts in track(loaded, len(batches), dataset.name) for text in texts]
         for text in bad[:5]:
             log.warning("%s: %s", dataset.name, text)
         if len(bad) > MAX_UNREADABLE * len(dataset.pictures):

@@ -24,7 +24,7 @@ from clipmini.cluster.hangs import explain_lost_process, record_collectives
 from clipmini.config import build, build_all, check_all
 from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
 from clipmini.data.health import read_causes
-from clipmini.data.loader import ImageTextData, explain_workers
+from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import WeightAverage, Weights, check_weights
 from clipmini.errors import Stopped, UserError
@@ -262,7 +262,6 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Pa
     try:
         trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     except RuntimeError as error:
-        explain_workers(error, num_workers=data.num_workers, timeout=data.timeout)
         explain_lost_process(error, step_timeout)
         raise
     log.info("trained in %s", format_seconds(time.perf_counter() - start))

@@ -83,7 +83,8 @@ class DurableCheckpointIO(CheckpointIO):
         self.wait()
         state = self.staging.copy(checkpoint) if self.background else checkpoint
         self.path = Path(path)
-        self.task = in_thread(functools.partial(self.write, state, self.path, distributed.rank()))
+        write = functools.partial(self.write, state, self.path, distributed.rank())
+        self.task = in_thread(write, can_be_left=False)
         if not self.background:
             self.task.done.wait()
 

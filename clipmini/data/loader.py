@@ -21,27 +21,9 @@ from clipmini.data.plan import Plan
 from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize
+from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.lengths import count_used, round_up
-
-
-def explain_workers(error: Exception, *, num_workers: int, timeout: float) -> None:
-    """Tell in one message that a loader process died or is stuck, if that is what an error says.
-
-    Torch notices a death by a signal, so that its error can come up anywhere in the main process; or it is the pipe
-    of a worker that breaks, while a batch comes through it.
-
-    Raises:
-        UserError: it is.
-    """
-    if isinstance(error, ConnectionError | EOFError) and num_workers:
-        error = RuntimeError(f"DataLoader worker died while it sent a batch ({error or type(error).__name__})")
-    if "DataLoader" in str(error):
-        raise UserError(
-            f"the data did not come: {' '.join(str(error).split())} (data.timeout={timeout:g} seconds, "
-            f"data.num_workers={num_workers}; a worker that is killed may have had too little memory); nothing is "
-            "lost, the same command goes on from the last checkpoint"
-        ) from error
 
 
 def default_num_workers(num_cores: int) -> int:
@@ -140,11 +122,7 @@ class TrainLoader:
             start = time.perf_counter()
 
     def read_batches(self) -> Iterator[Batch]:
-        """Run the workers.
-
-        Raises:
-            UserError: one of them died, or a batch did not come in time.
-        """
+        """Run the workers; see `workers.read_batches`."""
         positions = BatchPositions(
             self.dataset.plan,
             batch_size=self.batch_size,
@@ -166,11 +144,8 @@ class TrainLoader:
             pin_memory=self.pin_memory,
             worker_init_fn=leave_signals_to_main,
         )
-        try:
-            yield from loader
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            explain_workers(error, num_workers=self.num_workers, timeout=self.timeout)
-            raise
+        settings = f"data.timeout={self.timeout:g} seconds, data.num_workers={self.num_workers}"
+        return read_batches(loader, settings)
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "plan": self.dataset.plan.digest()}

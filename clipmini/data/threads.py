@@ -40,10 +40,14 @@ class Task:
         return self.value
 
 
-def in_thread(action: Callable[[], Any], stop: Callable[[], None] = lambda: None) -> Task:
-    """Start an action in a thread that does not keep the process from ending."""
+def in_thread(action: Callable[[], Any], stop: Callable[[], None] = lambda: None, *, can_be_left: bool = True) -> Task:
+    """Start an action in a thread.
+
+    Args:
+        can_be_left: it does not keep the process from ending; one that is in torch's code just then would abort it.
+    """
     task = Task(stop)
-    threading.Thread(target=task.run, args=(action,), daemon=True).start()
+    threading.Thread(target=task.run, args=(action,), daemon=can_be_left).start()
     return task
 
 

@@ -19,6 +19,7 @@ from clipmini.data.decode import EvaluationTransform
 from clipmini.data.health import Fault
 from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.tokenizer import Tokenize, trim
+from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.prompts import Prompts
@@ -90,9 +91,13 @@ def load_pictures(
     num_workers: int,
     *,
     pin_memory: bool = False,
-) -> DataLoader:
-    """Return a loader of some batches of pictures, each as `PictureDataset` decodes it."""
-    return DataLoader(
+) -> Iterator[Any]:
+    """Yield some batches of pictures, each as `PictureDataset` decodes it.
+
+    Raises:
+        UserError: a worker died.
+    """
+    loader = DataLoader(
         PictureDataset(pictures, transform),
         sampler=batches,  # whole batches
         batch_size=None,
@@ -101,6 +106,7 @@ def load_pictures(
         worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),  # its own: a training run's random numbers stay what they are
     )
+    return read_batches(loader, f"num_workers={num_workers}")
 
 
 @dataclass
@@ -169,12 +175,12 @@ class Encoder:
 
     def encode_pictures(self, pictures: AnyPictures, before_projection: bool) -> EncodedPictures:
         batches, pin_memory = self.shares(len(pictures))[distributed.rank()], self.device.type == "cuda"
-        loader = load_pictures(pictures, self.transform, batches, self.num_workers, pin_memory=pin_memory)
+        loaded = load_pictures(pictures, self.transform, batches, self.num_workers, pin_memory=pin_memory)
         features: list[Tensor] = []
         kept: list[int] = []
         unreadable: list[str] = []
         with self.ready():
-            for numbers, images, bad in loader:
+            for numbers, images, bad in loaded:
                 if numbers:
                     images = images.to(self.device, non_blocking=True)
                     features.append(encode_image(self.model, images, before_projection=before_projection).float())
