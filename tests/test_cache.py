@@ -218,6 +218,19 @@ def test_least_recently_used_goes_first(server: Server, shards: Path, tmp_path: 
     assert [name for name in "abc" if paths[name].exists()] == ["a", "b"]
 
 
+def test_shards_that_come_at_the_same_time_keep_the_limit(server: Server, tmp_path: Path) -> None:
+    found = [shard_of(server, f"{name}.tar", make_cache(tmp_path)) for name in "abc"]
+    limit = max(shard.size for shard in found) + 10
+    cache = make_cache(tmp_path, max_bytes=limit)
+    server.faults = {f"{name}.tar": ["slow"] for name in "abc"}
+    cache.prefetch(found)
+    deadline = time.monotonic() + 20
+    while sum(server.requests.values()) < 3 or left_over(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("shards/*.tar")) <= limit
+
+
 def test_shard_larger_than_the_cache_is_refused(server: Server, tmp_path: Path) -> None:
     cache = make_cache(tmp_path, max_bytes=1000)
     with pytest.raises(

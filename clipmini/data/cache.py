@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FREE_SHARE = 0.05  # of the disk, left free where no limit is given
 PREFETCH_THREADS = 4  # of each loader process
+Files = list[tuple[float, int, str]]  # time of the last use, bytes, path
 
 
 class ShardCache:
@@ -141,11 +142,11 @@ class ShardCache:
             part = path.with_suffix(f".{os.urandom(4).hex()}.part")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.make_room(shard, part)
+                self.begin(shard, part)
                 self.remote.download(shard.path, part, deadline)
                 check_content(part, shard)
                 sync(part)
-                os.replace(part, path)
+                self.take_in(part, path)
             except PermissionError as error:
                 if str(error.filename).startswith(str(self.directory)):
                     raise UserError(f"paths.cache={self.directory}: cannot be written: {error}") from error
@@ -163,34 +164,40 @@ class ShardCache:
                 "take another disk, or a lower data.cache.max_bytes"
             ) from error
 
-    def make_room(self, shard: Shard, part: Path) -> None:
-        """Delete the least recently used files until a shard fits in, beside those that are being fetched.
+    def begin(self, shard: Shard, part: Path) -> None:
+        """Make an empty file for a shard, and room for what will come, beside all that is being fetched.
 
         Raises:
             UserError: it is larger than the whole cache may be.
         """
         with self.lock("room"):
             files = self.list_files(part.parent)
-            limit = self.max_bytes
-            if limit is None:
-                disk = shutil.disk_usage(part.parent)
-                limit = sum(size for _, size, _ in files) + disk.free - int(FREE_SHARE * disk.total)
+            limit = self.limit(files)
             if shard.size > limit:
                 raise UserError(
                     f"{shard.path} has {shard.size} bytes, but paths.cache={self.directory} may hold {max(limit, 0)}: "
                     "raise data.cache.max_bytes or take another disk"
                 )
             # What is being fetched will grow, to about the size of this one.
-            total = sum(max(size, shard.size) if path.endswith(".part") else size for _, size, path in files)
-            for _, size, path in sorted(files):
-                if total + max(shard.size, 0) <= limit:
-                    break
-                if not path.endswith(".part"):
-                    Path(path).unlink(missing_ok=True)
-                    total -= size
+            coming = sum(max(size, shard.size) for _, size, path in files if path.endswith(".part"))
+            delete_oldest(files, limit - coming - max(shard.size, 0))
             part.touch()
 
-    def list_files(self, directory: Path) -> list[tuple[float, int, str]]:
+    def take_in(self, part: Path, path: Path) -> None:
+        """Give a shard that has come its name; those that were fetched at the same time may have taken its room."""
+        with self.lock("room"):
+            files = self.list_files(part.parent)
+            delete_oldest(files, self.limit(files) - part.stat().st_size)
+            os.replace(part, path)
+
+    def limit(self, files: Files) -> int:
+        """Return the bytes that the directory may hold."""
+        if self.max_bytes is not None:
+            return self.max_bytes
+        disk = shutil.disk_usage(self.directory)
+        return sum(size for _, size, _ in files) + disk.free - int(FREE_SHARE * disk.total)
+
+    def list_files(self, directory: Path) -> Files:
         """List the time of the last use, the size and the path of what is there, and remove what was given up."""
         given_up = time.time() - self.remote.fetch_timeout - self.remote.stall_timeout
         files = []
@@ -219,6 +226,17 @@ class ShardCache:
             shard = waiting.get()
             with contextlib.suppress(OSError, UserError):  # a lock that another process holds is a TimeoutError
                 self.fetch(shard, wait=False)
+
+
+def delete_oldest(files: Files, limit: int) -> None:
+    """Delete the shards that were used least recently until the others have so many bytes at most."""
+    shards = sorted(file for file in files if not file[2].endswith(".part"))
+    total = sum(size for _, size, _ in shards)
+    for _, size, path in shards:
+        if total <= limit:
+            break
+        Path(path).unlink(missing_ok=True)
+        total -= size
 
 
 def check_no_secrets(options: Mapping[str, Any], key: str) -> None:
