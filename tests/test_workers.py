@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from clipmini.data import workers
 from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 
@@ -61,3 +63,15 @@ def test_a_death_at_any_moment_is_one_message(delay: float) -> None:
 def test_an_error_of_the_data_set_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"Caught RuntimeError in DataLoader worker(.*\n)*.*wrong in here"):
         list(read_batches(load(7_770), "num_workers=1"))
+
+
+def test_a_pipe_that_ends_without_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(_: object) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(workers, "SIGNAL_SECONDS", 0.1)  # as with a fork server, whose children the workers are
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__next__", break_off)
+    with pytest.raises(
+        UserError, match=r"did not come: DataLoader worker died while it sent a batch \(Connection reset"
+    ):
+        next(read_batches(load(), "num_workers=1"))

@@ -194,7 +194,7 @@ class ShardCache:
         """Return the bytes that the directory may hold."""
         if self.max_bytes is not None:
             return self.max_bytes
-        disk = shutil.disk_usage(self.directory)
+        disk = shutil.disk_usage(self.directory / "shards")
         return sum(size for _, size, _ in files) + disk.free - int(FREE_SHARE * disk.total)
 
     def list_files(self, directory: Path) -> Files:

@@ -33,10 +33,12 @@ def read_batches(loader: DataLoader, settings: str) -> Iterator[Any]:
                     batch = next(batches)
                 except StopIteration:
                     return
-                except (ConnectionError, EOFError):
-                    if loader.num_workers:  # it died while it sent a batch
-                        time.sleep(SIGNAL_SECONDS)  # ended by the signal, which says of what
-                    raise
+                except (ConnectionError, EOFError) as error:
+                    if not loader.num_workers or str(error).startswith("Caught"):
+                        raise
+                    time.sleep(SIGNAL_SECONDS)  # ended by the signal, if one comes, which says of what it died
+                    died = f"DataLoader worker died while it sent a batch ({error or type(error).__name__})"
+                    raise RuntimeError(died) from error
             yield batch
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # an error of the data set begins with "Caught"
