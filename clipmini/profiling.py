@@ -123,7 +123,11 @@ class Profile(Callback):
         module.span = no_span
         log.info("%s: for chrome://tracing or https://ui.perfetto.dev", self.directory / "trace.json")
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         needed = self.first_step + self.steps + TRACED_STEPS
-        if self.is_on and self.done < needed:
-            log.warning("profile=true: the run has had %d steps here, and %d are needed", self.done, needed)
+        if not self.is_on or not trainer.is_global_zero or self.done >= needed:
+            return
+        log.warning("profile=true: the run has had %d steps here, and %d are needed", self.done, needed)
+        if self.trace is not None:
+            assert isinstance(module, ClipModule)
+            self.write_trace(module)

@@ -35,11 +35,15 @@ def test_where_the_time_goes(micro_batch: str, compose: Compose, tiny_json: Path
     assert "Where the time of 10 steps went" in (tmp_path / "train.log").read_text()
 
 
-def test_a_run_that_is_too_short_says_so(compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path) -> None:
-    given = [*QUICK, f"model.name={tiny_json}", f"data.train={shards}", f"paths.run={tmp_path}", "steps=8"]
+@pytest.mark.parametrize(("steps", "written"), [(8, []), (16, ["table.txt", "trace.json"])])
+def test_a_run_that_is_too_short_says_so(
+    steps: int, written: list[str], compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
+) -> None:
+    given = [*QUICK, f"model.name={tiny_json}", f"data.train={shards}", f"paths.run={tmp_path}", f"steps={steps}"]
     train(compose(*given, "profile=true"))
-    assert "profile=true: the run has had 8 steps here, and 17 are needed" in (tmp_path / "train.log").read_text()
-    assert not (tmp_path / "profile").exists()
+    log = (tmp_path / "train.log").read_text()
+    assert f"profile=true: the run has had {steps} steps here, and 17 are needed" in log
+    assert sorted(path.name for path in tmp_path.glob("profile/*")) == written
 
 
 def test_what_is_inside_a_part_counts_once() -> None:
