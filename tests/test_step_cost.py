@@ -62,6 +62,22 @@ def test_collective_count(tiny_json: Path, shards: Path, tmp_path: Path) -> None
         assert counts[0].get("c10d::allreduce_", 0) >= 3 and counts[1] == counts[0] and counts[2] == counts[0]
 
 
+class Gradients(pl.Callback):
+    """Counts gradients that are there when a step begins."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        self.counts.append(sum(parameter.grad is not None for parameter in module.parameters()))
+
+
+def test_no_gradient_is_kept_through_a_forward_pass(tiny_json: Path, shards: Path, tmp_path: Path) -> None:
+    gradients = Gradients()
+    run(tmp_path, {}, *options(tiny_json, shards), more=(gradients,))
+    assert len(gradients.counts) >= 4 and not any(gradients.counts)
+
+
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")
 
 
