@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
@@ -26,7 +27,7 @@ class Case:
         shards: pattern in braces, which both take.
         steps: optimizer steps, with a line of the log every `log_every` of them.
         skipped: the first steps, which are not counted in samples a second.
-        resampled: open_clip draws shards with replacement, and has one epoch; else `samples` in each.
+        resampled: open_clip draws shards with replacement, and has one epoch; else `samples` in each, in whole batches.
     """
 
     name: str
@@ -88,12 +89,12 @@ def open_clip_command(case: Case, directory: Path, seed: int) -> list[str]:
     model = directory / "model_config"
     model.mkdir(parents=True)
     (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": json.loads(case.model.read_text())}))
-    seen = case.steps * case.batch_size
-    epochs = 1 if case.resampled else round(seen / case.samples)
+    epochs = 1 if case.resampled else case.steps // math.ceil(case.samples / case.batch_size)  # which it rounds up
     return [
         *(sys.executable, "-m", "open_clip_train.main", "--model", f"local-dir:{model}", "--name", "benchmark"),
         *("--logs", str(directory), "--train-data", case.shards, "--dataset-type", "webdataset"),
-        *("--train-num-samples", str(seen // epochs), "--epochs", str(epochs), "--seed", str(seed)),
+        *("--train-num-samples", str(case.steps * case.batch_size // epochs), "--epochs", str(epochs)),
+        *("--seed", str(seed)),
         *(["--dataset-resampled"] if case.resampled else []),
         *("--batch-size", str(case.batch_size), "--precision", case.precision, "--workers", str(case.num_workers)),
         *("--log-every-n-steps", str(case.log_every), "--warmup", str(case.warmup), "--lr", str(case.lr)),
