@@ -73,6 +73,14 @@ class BadStepsConfig:
 
 
 @dataclass
+class LayerDecayConfig:
+    """How much slower the early layers of each tower learn."""
+
+    image: float = MISSING
+    text: float = MISSING
+
+
+@dataclass
 class AverageConfig:
     """The average of the weights over the steps."""
 
@@ -125,6 +133,7 @@ class TrainConfig:
     trainer: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
+    layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
     ema: AverageConfig = field(default_factory=AverageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -26,6 +26,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from clipmini import towers
 from clipmini.annotations import check_values
 from clipmini.blocks import Block, adopt_blocks, run_blocks
 from clipmini.errors import UserError, did_you_mean
@@ -89,7 +90,11 @@ def create_model(
     text_cfg: dict[str, Any] | None = None,
     patch_dropout: float | None = None,
     lock_image: bool = False,
+    lock_image_unlocked_groups: int = 0,
+    lock_image_freeze_bn_stats: bool = True,
     lock_text: bool = False,
+    lock_text_unlocked_layers: int = 0,
+    lock_text_freeze_layer_norm: bool = True,
     grad_checkpointing: bool = False,
     image_size: int | None = None,
     init_scale: float,
@@ -101,7 +106,7 @@ def create_model(
         name, embed_dim, vision_cfg, text_cfg: see `read_architecture`.
         pretrained: one of open_clip's tags for this name, or a local file of weights.
         patch_dropout: share of a vision transformer's patches left out in training.
-        lock_image, lock_text: freeze a tower.
+        lock_image, lock_text: freeze towers, with the options of `towers.lock_towers`.
         grad_checkpointing: recompute activations in the backward pass.
         image_size: pixels; null takes the model's own.
         init_scale: what similarities are multiplied with at the start.
@@ -112,7 +117,7 @@ def create_model(
         JSON, and `visual.pixel_mean` and `pixel_std`, buffers [3, 1, 1] outside the state_dict.
 
     Raises:
-        UserError: an unknown name, tag or field.
+        UserError: an unknown name, tag or field, or layers to lock that are not there.
     """
     architecture = read_architecture(name=name, embed_dim=embed_dim, vision_cfg=vision_cfg, text_cfg=text_cfg)
     if patch_dropout is not None:
@@ -127,12 +132,20 @@ def create_model(
     if pretrained is not None:
         preprocess = load_pretrained(model, name, pretrained, preprocess)
     set_preprocess(model, preprocess)
-    if lock_image:
-        model.lock_image_tower(freeze_bn_stats=True)
-    if lock_text:
-        model.lock_text_tower()
+    towers.lock_towers(
+        model,
+        image=lock_image,
+        unlocked_groups=lock_image_unlocked_groups,
+        freeze_bn_stats=lock_image_freeze_bn_stats,
+        text=lock_text,
+        unlocked_layers=lock_text_unlocked_layers,
+        freeze_layer_norm=lock_text_freeze_layer_norm,
+    )
     if grad_checkpointing:
         model.set_grad_checkpointing()
+        if isinstance(tower := text_tower(model), HFTextEncoder):
+            # The other kind, which was the default, has no gradient where what goes in has none, as in a locked tower.
+            tower.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

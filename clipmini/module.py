@@ -19,7 +19,7 @@ from clipmini.errors import UserError
 from clipmini.guard import Guard, can_skip
 from clipmini.model import Model, encode_image, encode_text, open_clip_config
 from clipmini.objective import ContrastiveLoss
-from clipmini.optim import match_memory_format, parameter_groups
+from clipmini.optim import apply_shares, match_memory_format, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class ClipModule(pl.LightningModule):
         micro_batch: pictures encoded at a time; None encodes the local batch at once.
         guard: against steps that are not finite.
         average: of the weights, or None.
+        shares: of the learning rate, for parameters of the model that learn slower, by name.
 
     Raises:
         UserError: micro-batches that would not be exact.
@@ -59,10 +60,11 @@ class ClipModule(pl.LightningModule):
         micro_batch: int | None,
         guard: Guard,
         average: WeightAverage | None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         batch_norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
-        # Those of a locked tower are FrozenBatchNorm2d, which looks at no batch.
+        # Those of locked layers are none, but for model.lock_image_freeze_bn_stats=false: they look at no batch.
         self.has_local_batch_norm = not all(isinstance(layer, torch.nn.SyncBatchNorm) for layer in batch_norms)
         if micro_batch is not None and batch_norms:
             raise UserError(
@@ -78,6 +80,7 @@ class ClipModule(pl.LightningModule):
         self.micro_batch = micro_batch
         self.guard = guard
         self.average = average
+        self.shares = shares
         self.scaler: Any = None  # of gradients, with precision 16-mixed
         self.skeleton: Skeleton | None = None  # of a model whose weights are in shards
         self.span: Callable[[str], contextlib.AbstractContextManager[Any]] = no_span  # of the parts of a step
@@ -202,8 +205,9 @@ class ClipModule(pl.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after too many bad steps in a row; what they were has been read already where the run is logged."""
-        # Lightning does so after the next forward pass: with what is kept for the gradient, that is the most memory.
-        self.trainer.optimizers[0].zero_grad()
+        self.trainer.optimizers[
+            0
+        ].zero_grad()  # Lightning would after the next forward pass, where memory is needed most
         step = self.trainer.global_step
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every == 0 or step == self.trainer.max_steps:
@@ -235,7 +239,8 @@ class ClipModule(pl.LightningModule):
             log.warning("ema.decay: the average of weights %s", lost)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer(parameter_groups(self.model))
+        optimizer = self.optimizer(parameter_groups(self.model, self.shares))
+        apply_shares(optimizer)
         optimizer.register_load_state_dict_post_hook(match_memory_format)
         scheduler = self.schedule(optimizer, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,6 +1,7 @@
 """Which parameters decay, and how the learning rate moves."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,17 @@ from clipmini.errors import UserError
 from clipmini.model import Model
 
 
-def parameter_groups(model: Model) -> list[dict]:
-    """Split the trainable parameters into one group that decays and one that does not.
+def parameter_groups(model: Model, shares: Mapping[str, float] | None = None) -> list[dict]:
+    """Split the trainable parameters into one group that decays and one that does not, for each learning rate.
 
     Gains, biases and the scale (fewer than two dimensions), embeddings of tokens, positions and classes, and what the
     model itself names in `no_weight_decay()` do not decay.
+
+    Args:
+        shares: of the learning rate, for parameters that learn slower, by name.
+
+    Returns:
+        Groups with the key `share`; first those of the full rate.
     """
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     embeddings = {
@@ -24,13 +31,21 @@ def parameter_groups(model: Model) -> list[dict]:
         if isinstance(module, nn.Embedding)
         for name, _ in module.named_parameters(recurse=False)
     }
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or name in undecayed or name in embeddings or "embedding" in name
-            (rest if spared else decayed).append(parameter)
-    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+            groups.setdefault(((shares or {}).get(name, 1.0), spared), []).append(parameter)
+    return [
+        {"params": parameters, "share": share, **({"weight_decay": 0.0} if spared else {})}
+        for (share, spared), parameters in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
+    ]
+
+
+def apply_shares(optimizer: Optimizer) -> None:
+    """Set the learning rate of each of the groups of `parameter_groups`; schedules multiply it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group.pop("share")  # not in place: as a tensor it may be that of all groups
 
 
 def match_memory_format(optimizer: Optimizer) -> None:

@@ -41,6 +41,7 @@ from clipmini.model import count_parameters, image_size, open_clip_config, paddi
 from clipmini.module import ClipModule
 from clipmini.redaction import redact
 from clipmini.sources import EXPORTED
+from clipmini.towers import decay_learning_rates
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
         micro_batch=cfg.micro_batch,
         guard=Guard(batch_size=cfg.batch_size, **cfg.bad_steps),
         average=None if cfg.ema.decay is None else WeightAverage(**cfg.ema),
+        shares=decay_learning_rates(model, cfg.layer_decay),
     )
     launch.check_sharding(
         cfg.trainer.strategy,

@@ -9,7 +9,7 @@ PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
     {"redaction"},
-    {"annotations", "distributed", "console", "files", "lengths", "blocks"},
+    {"annotations", "distributed", "console", "files", "lengths", "blocks", "towers"},
     {"targets"},
     {"hydra_checks"},
     {"config"},

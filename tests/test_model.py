@@ -160,11 +160,6 @@ def test_wrong_models_are_refused(options: dict, message: str) -> None:
         make_model(**options)
 
 
-def test_locked_towers_do_not_learn(tiny_json: Path) -> None:
-    model = make_model(str(tiny_json), lock_image=True, lock_text=True)
-    assert [name for name, value in model.named_parameters() if value.requires_grad] == ["logit_scale"]
-
-
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])  # the second has activations inside BatchNorm
 def test_synchronized_batch_norm_is_the_same_model(name: str, tmp_path: Path) -> None:
     path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": name, "image_size": 160})

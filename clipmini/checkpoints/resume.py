@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = (
-    *("seed", "batch_size", "image_size", "model", "optimizer"),
+    *("seed", "batch_size", "image_size", "model", "optimizer", "layer_decay"),
     *(f"loss.{name}" for name in ("kind", "init_scale", "init_bias", "max_scale", "duplicates", "terms")),
     *(
         "data.caption_key",
@@ -25,6 +25,16 @@ IDENTITY = (
         "data.max_member_bytes",
     ),
 )
+
+# What checkpoints were made with that are older than the key.
+BEFORE = {
+    "model.lock_image_unlocked_groups": 0,
+    "model.lock_image_freeze_bn_stats": True,
+    "model.lock_text_unlocked_layers": 0,
+    "model.lock_text_freeze_layer_norm": True,
+    "layer_decay.image": 1.0,
+    "layer_decay.text": 1.0,
+}
 
 
 def find_checkpoint(run: Path, config: Mapping[str, Any]) -> Path | None:
@@ -73,7 +83,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], run: Path) -
     Raises:
         UserError: names each key that differs, with both values.
     """
-    differences = list_differences(flatten(now), flatten(then), IDENTITY)
+    differences = list_differences(flatten(now), BEFORE | flatten(then), IDENTITY)
     if differences:
         raise UserError(
             f"{run} holds a run of another config; choose another name=, or give back: {'; '.join(differences)}"
