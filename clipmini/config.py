@@ -183,6 +183,7 @@ class ExportConfig:
     model: str = MISSING
     architecture: str | None = MISSING
     weights: str = MISSING
+    wise: float | None = MISSING
     format: str = MISSING
     output: str = MISSING
     license: str | None = MISSING

@@ -6,7 +6,6 @@ Shapes: b pictures or captions, S pixels, L tokens, D embedding width.
 import contextlib
 import json
 import textwrap
-import typing
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
@@ -15,11 +14,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.model import (
+    CLIP,
+    CustomTextCLIP,
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -27,64 +32,19 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from clipmini import towers
-from clipmini.annotations import check_values
+from clipmini.architecture import check_timm_name, read_architecture
 from clipmini.blocks import Block, adopt_blocks, run_blocks
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError
 from clipmini.lengths import split
 
 Model: TypeAlias = CLIP | CustomTextCLIP  # the only two kinds of object that are trained
 
-MODEL_CONFIGS = Path(__file__).resolve().parent / "model_configs"
-
-
-def read_architecture(
-    *,
-    name: str,
-    embed_dim: int | None = None,
-    vision_cfg: Mapping[str, Any] | None = None,
-    text_cfg: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return a model's JSON in open_clip's form, with changes on top.
-
-    Args:
-        name: of an open_clip model, of one in `clipmini/model_configs`, or a path to such a JSON file.
-        embed_dim: replaces the embedding width.
-        vision_cfg: fields of open_clip's `CLIPVisionCfg`; `timm_model_name` makes the image tower any timm model.
-        text_cfg: fields of open_clip's `CLIPTextCfg`; `hf_model_name` makes the text tower a Hugging Face model.
-
-    Raises:
-        UserError: an unknown name or field, or a field of the wrong type.
-    """
-    own = {path.stem: path for path in MODEL_CONFIGS.glob("*.json")}
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"model.name={name}: no such file")
-        architecture = json.loads(path.read_text())
-    elif name in own:
-        architecture = json.loads(own[name].read_text())
-    else:
-        architecture = open_clip.get_model_config(name)
-    if architecture is None:
-        known = [*own, *open_clip.list_models()]
-        raise UserError(f"model.name={name}: no such model{did_you_mean(name, known)}; {len(known)} are known")
-    for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
-        if key not in architecture:
-            raise UserError(f"model.name={name}: the model JSON has no {key!r}")
-        hints = typing.get_type_hints(schema)
-        check_values(f"model.{key}", changes or {}, hints, hints)
-        architecture[key] = {**architecture[key], **(changes or {})}
-    if embed_dim is not None:
-        architecture["embed_dim"] = embed_dim
-    if "multimodal_cfg" in architecture:
-        raise UserError(f"model.name={name}: captioning models (CoCa) are not supported")
-    return architecture
-
 
 def create_model(
     *,
-    name: str,
+    name: str | None,
     pretrained: str | None = None,
+    start: Model | None = None,
     embed_dim: int | None = None,
     vision_cfg: dict[str, Any] | None = None,
     text_cfg: dict[str, Any] | None = None,
@@ -104,7 +64,8 @@ def create_model(
 
     Args:
         name, embed_dim, vision_cfg, text_cfg: see `read_architecture`.
-        pretrained: one of open_clip's tags for this name, or a local file of weights.
+        pretrained: what `start` is, for messages.
+        start: a model whose weights and mean and std of pictures are taken; it stays as it is.
         patch_dropout: share of a vision transformer's patches left out in training.
         lock_image, lock_text: freeze towers, with the options of `towers.lock_towers`.
         grad_checkpointing: recompute activations in the backward pass.
@@ -119,19 +80,25 @@ def create_model(
     Raises:
         UserError: an unknown name, tag or field, or layers to lock that are not there.
     """
-    architecture = read_architecture(name=name, embed_dim=embed_dim, vision_cfg=vision_cfg, text_cfg=text_cfg)
+    architecture = read_architecture(
+        name=name,
+        start=None if start is None else start.architecture,
+        embed_dim=embed_dim,
+        vision_cfg=vision_cfg,
+        text_cfg=text_cfg,
+    )
     if patch_dropout is not None:
         architecture["vision_cfg"]["patch_dropout"] = patch_dropout
     if image_size is not None:
         architecture["vision_cfg"]["image_size"] = image_size
+    architecture.pop("init_logit_bias", None)
     if init_bias is not None:
         architecture["init_logit_bias"] = init_bias
     architecture["init_logit_scale"] = float(torch.tensor(init_scale).log())
     model = create_from_architecture(architecture)
-    preprocess = asdict(PreprocessCfg())
-    if pretrained is not None:
-        preprocess = load_pretrained(model, name, pretrained, preprocess)
-    set_preprocess(model, preprocess)
+    set_preprocess(model, asdict(PreprocessCfg()) if start is None else start.visual.preprocess_cfg)
+    if start is not None:
+        start_from(model, start, f"model.pretrained={pretrained}")
     towers.lock_towers(
         model,
         image=lock_image,
@@ -223,39 +190,30 @@ def create_from_open_clip_config(config: Mapping[str, Any]) -> Model:
     return model
 
 
-def check_timm_name(name: str | None) -> None:
-    """See that timm has an image tower of this name; names with a colon say where else it comes from.
+def start_from(model: Model, start: Model, at: str) -> None:
+    """Load the weights of another model; positions are interpolated to a new number of patches or tokens.
+
+    A bias of the logits that only one of the two has is left out, or stays as it was made.
 
     Raises:
-        UserError: it has not.
+        UserError: names or shapes are not those of the model; says which.
     """
-    if name and ":" not in name and not timm.is_model(name):
-        known = timm.list_models()
-        raise UserError(
-            f"model.vision_cfg.timm_model_name={name}: no such model of timm{did_you_mean(name, known)}; "
-            f"{len(known)} are known"
-        )
-
-
-def load_pretrained(model: Model, name: str, pretrained: str, preprocess: dict[str, Any]) -> dict[str, Any]:
-    """Load weights into a model and return the preprocessing that goes with them.
-
-    Raises:
-        UserError: neither a file nor one of open_clip's tags, or weights of another model.
-    """
-    path = pretrained
-    if not Path(pretrained).is_file():
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags:
-            raise UserError(
-                f"model.pretrained={pretrained}: neither a file nor a tag of {name}{did_you_mean(pretrained, tags)}; "
-                f"tags: {', '.join(tags) or 'none'}"
-            )
-        tag = open_clip.get_pretrained_cfg(name, pretrained)
-        preprocess = merge_preprocess_dict(preprocess, tag)
-        path = download_pretrained(tag, f"model.pretrained={pretrained}")
-    load_weights(model, path, f"model.pretrained={pretrained} does not fit model.name={name}")
-    return preprocess
+    weights = dict(start.state_dict())
+    if "positional_embedding" in weights and isinstance(model, CustomTextCLIP):
+        weights = convert_to_custom_text_state_dict(weights)
+    resize_pos_embed(weights, model)
+    if not isinstance(text_tower(model), HFTextEncoder):
+        resize_text_pos_embed(weights, model)
+    weights.pop("logit_bias", None)
+    if model.logit_bias is not None:
+        bias = start.logit_bias if start.logit_bias is not None else model.logit_bias
+        weights["logit_bias"] = bias.detach().reshape(model.logit_bias.shape)
+    weights["logit_scale"] = weights["logit_scale"].reshape(model.logit_scale.shape)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        differences = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
+        raise UserError(f"{at} does not fit: {'; '.join(differences[:8])}") from error
 
 
 def download_pretrained(tag: dict[str, Any], at: str) -> str:

@@ -16,6 +16,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 
+from clipmini.architecture import read_architecture
 from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoint
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import AVERAGE, check_weights
@@ -26,7 +27,6 @@ from clipmini.model import (
     create_from_open_clip_config,
     download_pretrained,
     load_weights,
-    read_architecture,
     set_preprocess,
     text_tower,
 )
@@ -100,6 +100,30 @@ def load_model(source: str, *, architecture: str | None = None, weights: str = "
         loaded = load_tag(source)
     loaded.model.eval()
     return loaded
+
+
+def load_start(pretrained: str, name: str | None) -> Source:
+    """Load what a run starts from: what `load_model` takes, or a tag or a file of weights for a model's name.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    path = Path(pretrained.removeprefix(LOCAL_DIRECTORY))
+    tags = open_clip.list_pretrained_tags_by_model(name) if name else []
+    try:
+        if path.is_file() and path.suffix in WEIGHTS:
+            return load_model(pretrained, architecture=name)
+        if path.exists() or pretrained.rpartition("/")[0] in open_clip.list_models():
+            return load_model(pretrained)
+        if pretrained in tags:
+            return load_model(f"{name}/{pretrained}")
+    except UserError as error:
+        reason = str(error).removeprefix(f"model={pretrained}: ").replace("architecture=", "model.name=")
+        raise UserError(f"model.pretrained={pretrained}: {reason}") from error
+    raise UserError(
+        f"model.pretrained={pretrained}: neither a file nor a tag of {name}{did_you_mean(pretrained, tags)}, nor a "
+        f"run, a checkpoint, an open_clip directory or NAME/TAG; tags: {', '.join(tags) or 'none'}"
+    )
 
 
 def load_run(run: Path, weights: str = "trained") -> Source:

@@ -40,7 +40,7 @@ from clipmini.guard import Guard
 from clipmini.model import count_parameters, image_size, open_clip_config, padding, synchronize_batch_norm
 from clipmini.module import ClipModule
 from clipmini.redaction import redact
-from clipmini.sources import EXPORTED
+from clipmini.sources import EXPORTED, load_start
 from clipmini.towers import decay_learning_rates
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,10 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
 def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int) -> ClipModule:
     """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
     loss = build(cfg, "loss")
-    model = build(cfg, "model", image_size=cfg.image_size, init_scale=loss.init_scale, init_bias=loss.init_bias)
+    start = load_start(cfg.model.pretrained, cfg.model.name).model if cfg.model.pretrained else None
+    given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
+    model = build(cfg, "model", start=start, **given)
+    del start
     accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
     if launch.can_synchronize_batch_norm(processes, accelerator):
         model = synchronize_batch_norm(model)
@@ -272,6 +275,7 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Pa
 def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> None:
     """Say what is about to be trained, on what, and on which data."""
     device = launch.describe_device(trainer.strategy.root_device)
+    name = cfg.model.name or cfg.model.pretrained
     millions = count_parameters(module.model) / 1e6
     seen = data.num_steps * data.batch_size
     pairs = data.manifest.num_samples
@@ -283,7 +287,7 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
             "run": f"{cfg.name} in {cfg.paths.run}",
             "recipe": f"experiment={experiment}, and what was overridden",
             "device": f"{trainer.world_size} x {device}, {trainer.precision}",
-            "model": f"{cfg.model.name}, {millions:.1f} M parameters, {image_size(module.model)} px",
+            "model": f"{name}, {millions:.1f} M parameters, {image_size(module.model)} px",
             "samples": f"{pairs:,} pairs ({sources})",
             "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
             "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",

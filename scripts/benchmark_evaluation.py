@@ -21,6 +21,7 @@ from benchmark_loss import Step, in_a_process, measure_medians, print_results
 from benchmark_tables import print_table, take_turns
 from torch import Tensor
 
+from clipmini.architecture import MODEL_CONFIGS
 from clipmini.config import compose
 from clipmini.data.tokenizer import create_tokenizer
 from clipmini.evaluation.evaluator import Evaluator
@@ -28,7 +29,7 @@ from clipmini.evaluation.metrics import RECALL_AT
 from clipmini.evaluation.prompts import make_prompts
 from clipmini.evaluation.retrieval import rank_pairs
 from clipmini.evaluation.tasks import Protocol
-from clipmini.model import MODEL_CONFIGS, create_model
+from clipmini.model import create_model
 
 MAX_DIFFERENCE = 1e-5  # of the weights of the two classifiers
 WIDTH = 512  # of the embeddings

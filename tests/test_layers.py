@@ -10,6 +10,7 @@ LAYERS = [
     {"", "errors"},
     {"redaction"},
     {"annotations", "distributed", "console", "files", "lengths", "blocks", "towers"},
+    {"architecture"},
     {"targets"},
     {"hydra_checks"},
     {"config"},

@@ -11,6 +11,7 @@ from clipmini.console import set_up_logging
 from clipmini.evaluation.cache import hash_weights
 from clipmini.evaluation.results import read_rows
 from clipmini.export.command import export
+from clipmini.export.wise import interpolate_
 from clipmini.sources import load_model
 
 
@@ -28,6 +29,8 @@ def run(overrides: Sequence[str]) -> int:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     set_up_logging(None)
     source = load_model(cfg.model, architecture=cfg.architecture, weights=cfg.weights)
+    if cfg.wise is not None:
+        interpolate_(source.model, cfg.wise, source.config, cfg.model)
     weights = hash_weights(source.model)
     known = read_rows(source.run / "results.jsonl") if source.run else []
     export(
