@@ -83,7 +83,9 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], run: Path) -
     Raises:
         UserError: names each key that differs, with both values.
     """
-    differences = list_differences(flatten(now), BEFORE | flatten(then), IDENTITY)
+    new = flatten(now)
+    old = {key: value for key, value in BEFORE.items() if key in new} | flatten(then)
+    differences = list_differences(new, old, IDENTITY)
     if differences:
         raise UserError(
             f"{run} holds a run of another config; choose another name=, or give back: {'; '.join(differences)}"

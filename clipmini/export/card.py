@@ -13,8 +13,8 @@ TASK = "zero-shot-image-classification"
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 # What of a config decides the result, in the order of the card; a name with a dot at its end stands for all below it.
 RECIPE = (
-    *("batch_size", "steps", "epochs", "seed", "loss.", "optimizer.", "schedule.", "trainer.precision", "model."),
-    *("data.caption_key", "data.hard_negatives", "data.augmentation."),
+    *("batch_size", "steps", "epochs", "seed", "loss.", "optimizer.", "layer_decay.", "schedule.", "trainer.precision"),
+    *("model.", "data.caption_key", "data.hard_negatives", "data.augmentation."),
 )
 LOADING = {
     "open_clip": """import open_clip
