@@ -205,9 +205,8 @@ class ClipModule(pl.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after too many bad steps in a row; what they were has been read already where the run is logged."""
-        self.trainer.optimizers[
-            0
-        ].zero_grad()  # Lightning would after the next forward pass, where memory is needed most
+        # Lightning does so after the next forward pass: with what is kept for the gradient, that is the most memory.
+        self.trainer.optimizers[0].zero_grad()
         step = self.trainer.global_step
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every == 0 or step == self.trainer.max_steps:
