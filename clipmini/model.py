@@ -67,7 +67,7 @@ def create_model(
         pretrained: what `start` is, for messages.
         start: a model whose weights and mean and std of pictures are taken; it stays as it is.
         patch_dropout: share of a vision transformer's patches left out in training.
-        lock_image, lock_text: freeze towers, with the options of `towers.lock_towers`.
+        lock_image, lock_text: freeze towers, with the options of `towers.lock`.
         grad_checkpointing: recompute activations in the backward pass.
         image_size: pixels; null takes the model's own.
         init_scale: what similarities are multiplied with at the start.
@@ -80,13 +80,8 @@ def create_model(
     Raises:
         UserError: an unknown name, tag or field, or layers to lock that are not there.
     """
-    architecture = read_architecture(
-        name=name,
-        start=None if start is None else start.architecture,
-        embed_dim=embed_dim,
-        vision_cfg=vision_cfg,
-        text_cfg=text_cfg,
-    )
+    changes: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    architecture = read_architecture(name=name, start=None if start is None else start.architecture, **changes)
     if patch_dropout is not None:
         architecture["vision_cfg"]["patch_dropout"] = patch_dropout
     if image_size is not None:
@@ -99,21 +94,20 @@ def create_model(
     set_preprocess(model, asdict(PreprocessCfg()) if start is None else start.visual.preprocess_cfg)
     if start is not None:
         start_from(model, start, f"model.pretrained={pretrained}")
-    towers.lock_towers(
-        model,
-        image=lock_image,
-        unlocked_groups=lock_image_unlocked_groups,
-        freeze_bn_stats=lock_image_freeze_bn_stats,
-        text=lock_text,
-        unlocked_layers=lock_text_unlocked_layers,
-        freeze_layer_norm=lock_text_freeze_layer_norm,
-    )
+    towers.lock(model, "image", lock_image, lock_image_unlocked_groups, freeze_bn_stats=lock_image_freeze_bn_stats)
+    towers.lock(model, "text", lock_text, lock_text_unlocked_layers, freeze_layer_norm=lock_text_freeze_layer_norm)
+    towers.check_learning(model)
     if grad_checkpointing:
-        model.set_grad_checkpointing()
-        if isinstance(tower := text_tower(model), HFTextEncoder):
-            # The other kind, which was the default, has no gradient where what goes in has none, as in a locked tower.
-            tower.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     return model
+
+
+def recompute_activations(model: Model) -> None:
+    """Have the blocks of both towers compute their activations again in the backward pass."""
+    model.set_grad_checkpointing()
+    if isinstance(tower := text_tower(model), HFTextEncoder):
+        # The other kind, which was the default, has no gradient where what goes in has none, as in a locked tower.
+        tower.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def create_from_architecture(architecture: dict[str, Any]) -> Model:
@@ -212,8 +206,7 @@ def start_from(model: Model, start: Model, at: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        differences = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
-        raise UserError(f"{at} does not fit: {'; '.join(differences[:8])}") from error
+        raise UserError(f"{at} does not fit: {tell_differences(error)}") from error
 
 
 def download_pretrained(tag: dict[str, Any], at: str) -> str:
@@ -238,11 +231,16 @@ def load_weights(model: Model, path: str | Path, at: str) -> None:
     try:
         open_clip.load_checkpoint(model, str(path))
     except (RuntimeError, KeyError) as error:
-        differences = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
-        raise UserError(f"{at}: {'; '.join(differences[:8])}") from error
+        raise UserError(f"{at}: {tell_differences(error)}") from error
     except Exception as error:  # of pickle, zipfile, safetensors: damage has no common class
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise UserError(f"{at}: {path} cannot be read as weights: {reason}") from error
+
+
+def tell_differences(error: Exception) -> str:
+    """Tell in one line which names and shapes of weights torch found to differ, the first of them."""
+    lines = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
+    return "; ".join(lines[:8])
 
 
 def synchronize_batch_norm(model: Model) -> Model:

@@ -90,59 +90,54 @@ def place_in_resnet(names: Sequence[str]) -> Layers:
     return layers
 
 
-def lock_towers(
-    model: CLIP | CustomTextCLIP,
-    *,
-    image: bool,
-    unlocked_groups: int,
-    freeze_bn_stats: bool,
-    text: bool,
-    unlocked_layers: int,
-    freeze_layer_norm: bool,
-) -> None:
-    """Freeze towers as LiT does (https://arxiv.org/abs/2111.07991), by the options that open_clip's trainer has.
-
-    Args:
-        image, text: whether at all. The projection that open_clip puts onto towers of timm and Hugging Face learns.
-        unlocked_groups, unlocked_layers: at the end of the tower, which go on learning.
-        freeze_bn_stats: BatchNorm in locked layers keeps the averages that it has.
-        freeze_layer_norm: false has LayerNorm learn in locked layers of the text tower.
-
-    Raises:
-        UserError: layers that are not there, or nothing is left to train.
-    """
-    lock(model, "image", image, unlocked_groups, "unlocked_groups")
-    if image and freeze_bn_stats:
-        freeze_statistics(model.visual)
-    lock(model, "text", text, unlocked_layers, "unlocked_layers", spare_layer_norms=not freeze_layer_norm)
-    if not any(value.requires_grad for name, value in model.named_parameters() if not name.startswith("logit_")):
-        raise UserError("model.lock_image=true and model.lock_text=true leave nothing to train but the scale")
-
-
 def lock(
     model: CLIP | CustomTextCLIP,
     kind: Kind,
     is_locked: bool,
     unlocked: int,
-    option: str,
     *,
-    spare_layer_norms: bool = False,
+    freeze_bn_stats: bool = False,
+    freeze_layer_norm: bool = True,
 ) -> None:
-    """Freeze the layers of a tower but for the last ones."""
+    """Freeze a tower as LiT does (https://arxiv.org/abs/2111.07991), by the options that open_clip's trainer has.
+
+    The projection that open_clip puts onto towers of timm and Hugging Face learns.
+
+    Args:
+        is_locked: whether at all.
+        unlocked: layers at the end of the tower, which go on learning.
+        freeze_bn_stats: BatchNorm in locked layers of the image tower keeps the averages that it has.
+        freeze_layer_norm: false has LayerNorm learn in locked layers.
+
+    Raises:
+        UserError: layers that are not there.
+    """
+    option = f"model.lock_{kind}_{'unlocked_groups' if kind == 'image' else 'unlocked_layers'}={unlocked}"
     if not is_locked and unlocked:
-        raise UserError(f"model.lock_{kind}_{option}={unlocked}, but nothing is locked: set model.lock_{kind}=true")
+        raise UserError(f"{option}, but nothing is locked: set model.lock_{kind}=true")
     if not is_locked:
         return
     layers = list_layers(model, kind) if unlocked else [list_names(model, kind)[0]]
     if not 0 <= unlocked < len(layers):
         raise UserError(
-            f"model.lock_{kind}_{option}={unlocked}: must be from 0 to {len(layers) - 1}, as this tower has "
-            f"{len(layers)} groups of layers"
+            f"{option}: must be from 0 to {len(layers) - 1}, as this tower has {len(layers)} groups of layers"
         )
-    spared = list_layer_norms(model) if spare_layer_norms else set()
+    spared = set() if freeze_layer_norm else list_layer_norms(model)
     for layer in layers[: len(layers) - unlocked]:
         for name in set(layer) - spared:
             model.get_parameter(name).requires_grad = False
+    if freeze_bn_stats:
+        freeze_statistics(model.visual)
+
+
+def check_learning(model: nn.Module) -> None:
+    """See that something is left to train.
+
+    Raises:
+        UserError: both towers are locked as a whole.
+    """
+    if not any(value.requires_grad for name, value in model.named_parameters() if not name.startswith("logit_")):
+        raise UserError("model.lock_image=true and model.lock_text=true leave nothing to train but the scale")
 
 
 def list_layer_norms(model: nn.Module) -> set[str]:
