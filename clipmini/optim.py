@@ -15,8 +15,8 @@ from clipmini.model import Model
 def parameter_groups(model: Model, shares: Mapping[str, float] | None = None) -> list[dict]:
     """Split the trainable parameters into one group that decays and one that does not, for each learning rate.
 
-    Gains, biases and the scale (fewer than two dimensions), embeddings of tokens, positions and classes, and what the
-    model itself names in `no_weight_decay()` do not decay.
+    As in CLIP (arXiv:2103.00020, section 2.5) and open_clip's trainer, all decays that is no gain and no bias: gains,
+    biases and the scale (fewer than two dimensions) and tables of relative position biases are spared.
 
     Args:
         shares: of the learning rate, for parameters that learn slower, by name.
@@ -24,17 +24,10 @@ def parameter_groups(model: Model, shares: Mapping[str, float] | None = None) ->
     Returns:
         Groups with the key `share`; first those of the full rate.
     """
-    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    embeddings = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for name, _ in module.named_parameters(recurse=False)
-    }
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or name in undecayed or name in embeddings or "embedding" in name
+            spared = parameter.ndim < 2 or "bias" in name
             groups.setdefault(((shares or {}).get(name, 1.0), spared), []).append(parameter)
     return [
         {"params": parameters, "share": share, **({"weight_decay": 0.0} if spared else {})}
