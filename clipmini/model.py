@@ -268,6 +268,35 @@ def encode_image(model: Model, image: Tensor, *, before_projection: bool = False
         return model.encode_image(pixels)
 
 
+def project_image(model: Model, features: Tensor) -> Tensor:
+    """Turn what `encode_image` returns with `before_projection` into what it returns without: unit vectors [b, D]."""
+    visual = model.visual
+    projected = visual.head(features) if isinstance(visual, TimmModel) else features @ visual.proj
+    return F.normalize(projected, dim=-1)
+
+
+def freeze_projection(model: Model) -> None:
+    """Leave the last projection of an image tower as it is."""
+    visual = model.visual
+    for parameter in visual.head.parameters() if isinstance(visual, TimmModel) else [visual.proj]:
+        parameter.requires_grad_(False)
+
+
+def width_before_projection(model: Model) -> int:
+    """Return the width of what goes into the last projection of an image tower.
+
+    Raises:
+        UserError: the tower has no such projection.
+    """
+    with without_projection(model.visual), torch.no_grad():
+        size = image_size(model)
+        weight = next(model.visual.parameters())
+        was_training = model.visual.training
+        features = model.visual.eval()(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))
+        model.visual.train(was_training)
+    return features.shape[-1]
+
+
 @contextlib.contextmanager
 def without_projection(visual: nn.Module) -> Iterator[None]:
     """Take the last projection out of an image tower, and put it back.
@@ -277,7 +306,10 @@ def without_projection(visual: nn.Module) -> Iterator[None]:
     """
     name, nothing = ("head", nn.Identity()) if isinstance(visual, TimmModel) else ("proj", None)
     if getattr(visual, name, None) is None:
-        raise UserError(f"probe_features=before_projection: {type(visual).__name__} has no projection at its end")
+        raise UserError(
+            f"{type(visual).__name__} has no projection at its end: probe_features=before_projection and "
+            "loss.head.layers take what goes into one"
+        )
     projection = getattr(visual, name)
     setattr(visual, name, nothing)
     try:

@@ -1,6 +1,7 @@
 """The training step."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,21 +15,34 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
 from clipmini.cluster.sharding import Skeleton, checkpoint_contexts, shard_modules
+from clipmini.data.decode import VIEWS
 from clipmini.ema import AVERAGE, WeightAverage, Weights
 from clipmini.errors import UserError
 from clipmini.guard import Guard, can_skip
-from clipmini.model import Model, encode_image, encode_text, open_clip_config
+from clipmini.model import Model, encode_image, encode_text, freeze_projection, open_clip_config, project_image
 from clipmini.objective import ContrastiveLoss
 from clipmini.optim import apply_shares, match_memory_format, parameter_groups
 
 log = logging.getLogger(__name__)
 
-INPUTS = ("image", "text", "negative_text", "text_length", "negative_text_length")  # of a batch, for the towers
+CAPTIONS = {"text": "text", "text_2": "text_2", "negative": "negative_text"}  # features, by names in a batch
+INPUTS = (*VIEWS, *CAPTIONS.values())  # of a batch, for the towers
+COMPARED = ("view", "view_2")  # features of the two views that are compared with each other
 
 
 def no_span(_: str) -> contextlib.AbstractContextManager[Any]:
     """Measure nothing, see `clipmini.profiling`."""
     return contextlib.nullcontext()
+
+
+def rest_unused(model: Model, loss: ContrastiveLoss) -> None:
+    """Freeze what no term of a loss uses: DDP would wait for its gradients."""
+    if not loss.uses_scale:
+        for parameter in (model.logit_scale, model.logit_bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+    if loss.head is not None and "image_text" not in loss.terms:
+        freeze_projection(model)
 
 
 class ClipModule(pl.LightningModule):
@@ -63,7 +77,8 @@ class ClipModule(pl.LightningModule):
         shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        batch_norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+        layers = itertools.chain(model.modules(), loss.modules())
+        batch_norms = [layer for layer in layers if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
         # Those of locked layers are none, but for model.lock_image_freeze_bn_stats=false: they look at no batch.
         self.has_local_batch_norm = not all(isinstance(layer, torch.nn.SyncBatchNorm) for layer in batch_norms)
         if micro_batch is not None and batch_norms:
@@ -71,6 +86,7 @@ class ClipModule(pl.LightningModule):
                 f"micro_batch={micro_batch}: this model has BatchNorm, which would normalise over each micro-batch: "
                 "set micro_batch=null or take a model without it"
             )
+        rest_unused(model, loss)
         self.batch_norms = batch_norms
         self.model = model
         self.loss = loss
@@ -125,27 +141,23 @@ class ClipModule(pl.LightningModule):
         features = self.embed(batch)
         scale = self.model.logit_scale.exp()
         with self.span("loss"):
-            result = self.loss(
-                features,
-                scale=scale,
-                bias=self.model.logit_bias,
-                ids=batch["id"],
-                negative_ids=batch.get("negative_id"),
-            )
-        self.last = {"loss": result["loss"].detach(), "accuracy": result["accuracy"], "scale": scale.detach()}
+            ids = {name: batch[f"{key}_id"] for name, key in CAPTIONS.items() if key in batch}
+            result = self.loss(features, scale=scale, bias=self.model.logit_bias, ids=ids)
+        self.last = {name: value.detach() for name, value in result.items()} | {"scale": scale.detach()}
         return self.guard.mark(result["loss"], features.values())
 
     def embed(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Encode a batch: unit vectors [b, D] of pictures, captions and, if there are any, hard negatives.
+        """Encode a batch: unit vectors [b, D] by name, see `ContrastiveLoss.forward`.
 
         With micro-batches the activations of one at a time exist: they are recomputed when the one backward pass of
         the one loss comes to them, with the same random numbers. That is gradient caching
         (https://arxiv.org/abs/2101.06983) by `torch.utils.checkpoint`.
         """
+        names = [name for name in INPUTS if name in batch]
         # In shards, each process must run its blocks as often as the others, whatever its captions.
-        names = INPUTS if self.skeleton is None else INPUTS[:3]
-        inputs = {name: batch[name] for name in names if name in batch}
-        count = len(batch["image"])
+        lengths = [f"{name}_length" for name in names] if self.skeleton is None else []
+        inputs = {name: batch[name] for name in (*names, *lengths) if name in batch}
+        count = len(batch[names[0]])
         size = self.micro_batch or count
         if size >= count:
             return self.encode(inputs)
@@ -163,12 +175,30 @@ class ClipModule(pl.LightningModule):
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Encode some of a batch."""
         with self.span("encode image"):
-            features = {"image": encode_image(self.model, inputs["image"])}
+            features = self.encode_views({name: inputs[name] for name in VIEWS if name in inputs})
         with self.span("encode text"):
-            features["text"] = encode_text(self.model, inputs["text"], inputs.get("text_length"))
-            if "negative_text" in inputs:
-                lengths = inputs.get("negative_text_length")
-                features["negative"] = encode_text(self.model, inputs["negative_text"], lengths)
+            for name, of_batch in CAPTIONS.items():
+                if of_batch in inputs:
+                    features[name] = encode_text(self.model, inputs[of_batch], inputs.get(f"{of_batch}_length"))
+        return features
+
+    def encode_views(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode views of pictures, and those that are compared with each other through the head, if there is one.
+
+        The head takes what goes into the last projection of the tower, as in SLIP.
+        """
+        compared = list(views)[-2:] if "image_image" in self.loss.terms else []
+        features = {}
+        for name, image in views.items():
+            if self.loss.head is None or name not in compared:
+                features[name] = encode_image(self.model, image)
+                continue
+            before = encode_image(self.model, image, before_projection=True)
+            features[COMPARED[compared.index(name)]] = self.loss.head(before)
+            if "image_text" in self.loss.terms:
+                features[name] = project_image(self.model, before)
+        if compared and self.loss.head is None:
+            features |= dict(zip(COMPARED, (features[name] for name in compared), strict=True))
         return features
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -238,7 +268,7 @@ class ClipModule(pl.LightningModule):
             log.warning("ema.decay: the average of weights %s", lost)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer(parameter_groups(self.model, self.shares))
+        optimizer = self.optimizer(parameter_groups([self.model, self.loss], self.shares))
         apply_shares(optimizer)
         optimizer.register_load_state_dict_post_hook(match_memory_format)
         scheduler = self.schedule(optimizer, total_steps=self.total_steps)

@@ -1,6 +1,5 @@
-"""What a run minimises, as the config says it: a weighted sum of one loss over kinds of pairs."""
+"""What a run minimises, as the config says it: a weighted sum of losses over kinds of pairs."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -8,27 +7,34 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from clipmini.data.decode import VIEWS
 from clipmini.errors import UserError, did_you_mean
+from clipmini.head import HeadOptions
 from clipmini.losses import info_nce, siglip
+from clipmini.nt_xent import nt_xent
 from clipmini.tiles import Duplicates, check_block_size
 
-TERMS = {"image_text": ("image", "text")}  # kinds of pairs, by the features that are compared
+TERMS = {"image_text": ("image", "text"), "image_image": ("image",), "text_text": ("text",)}  # towers of kinds of pairs
+TEXTS = ("text", "text_2")  # captions of a picture
 
 
 class ContrastiveLoss(nn.Module):
-    """A weighted sum of InfoNCE or of the sigmoid loss over kinds of pairs.
+    """A weighted sum over kinds of pairs: pictures and captions, two views of pictures, two captions.
 
     The scale and the bias themselves are open_clip's `logit_scale` (a logarithm) and `logit_bias`, in the model, where
     open_clip looks for them; how they start, and how far the scale may go, is said here.
 
     Args:
-        kind: `infonce` or `siglip`.
+        kind: `infonce` or `siglip`, of pictures and captions and of two captions.
         init_scale: what similarities are multiplied with at the start.
         init_bias: what is added to them at the start; only for `siglip`.
         max_scale: limit of the scale; CLIP's is 100 (https://arxiv.org/abs/2103.00020, section 2.5).
         duplicates: what the equal captions of other pictures are: wrong (`ignore`), left out (`mask`), right (`share`).
         block_size: rows of similarities that exist at a time; None chooses.
-        terms: the weight of each kind of pairs.
+        terms: the weight of each kind of pairs; None leaves it out. Views are compared by NT-Xent.
+        temperatures: of views, and of two captions; None takes the scale of the model.
+        head: what views go through before they are compared.
+        all_views: whether each view of a picture is compared with each of its captions, or only the first ones.
 
     Raises:
         UserError: a value out of its range, or a kind of pairs that there is not.
@@ -43,7 +49,10 @@ class ContrastiveLoss(nn.Module):
         max_scale: float,
         duplicates: Duplicates,
         block_size: int | None,
-        terms: dict[str, float],
+        terms: dict[str, float | None],
+        temperatures: dict[str, float | None],
+        head: HeadOptions,
+        all_views: bool,
     ) -> None:
         super().__init__()
         if not 1 <= init_scale <= max_scale:
@@ -51,14 +60,36 @@ class ContrastiveLoss(nn.Module):
         if (init_bias is None) != (kind == "infonce"):
             raise UserError(f"loss.init_bias={init_bias}: must be a number with siglip, and null with infonce")
         check_block_size(block_size)
-        check_terms(terms)
+        self.terms = check_terms(terms)
+        check_temperatures(temperatures, kind)
         self.kind = kind
         self.init_scale = init_scale
         self.init_bias = init_bias
         self.max_scale = max_scale
         self.duplicates = duplicates
         self.block_size = block_size
-        self.terms = terms
+        self.temperatures = temperatures
+        self.head_options = head
+        self.all_views = all_views
+        self.head: nn.Module | None = None
+
+    def needs(self, tower: str) -> bool:
+        """Say whether any term compares what a tower, `image` or `text`, makes."""
+        return any(tower in TERMS[name] for name in self.terms)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether views are compared by more than the embeddings."""
+        return "image_image" in self.terms and self.head_options.layers > 0
+
+    @property
+    def uses_scale(self) -> bool:
+        """Whether any term has the model's scale, and not a temperature of its own."""
+        return any(self.temperatures.get(name) is None for name in self.terms)
+
+    def add_head(self, width: int) -> None:
+        """Make the head for features of a width."""
+        self.head = self.head_options.make(width)
 
     def forward(
         self,
@@ -66,31 +97,68 @@ class ContrastiveLoss(nn.Module):
         *,
         scale: Tensor,
         bias: Tensor | None = None,
-        ids: Tensor | None = None,
-        negative_ids: Tensor | None = None,
+        ids: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Compute the loss of this process's pairs; the mean over processes is that of the global batch.
 
         Args:
-            features: unit vectors [b, D] by name, `image`, `text` and so on; `negative` are hard negatives [h, D].
-            scale, bias, ids, negative_ids: see `clipmini.losses`; a bias for `siglip` only.
+            features: unit vectors [b, D] by name: views of pictures `image`, `image_2`, captions `text`, `text_2`,
+                what views are compared by `view`, `view_2` [b, H]; `negative` are hard negatives [h, D].
+            scale, bias: see `clipmini.losses`; a bias for `siglip` only.
+            ids: of the captions by the same names, see there.
 
         Returns:
-            `loss` [] with gradient, and `accuracy` [], that of the first term.
+            `loss` [] with gradient, `accuracy` [], that of the first term, and, if there are several, the loss of each
+            as `loss_image_text` and so on.
         """
         assert (bias is None) == (self.kind == "infonce")
-        compare = functools.partial(
-            info_nce if bias is None else functools.partial(siglip, bias=bias),
-            scale=scale,
-            duplicates=self.duplicates,
-            ids=ids,
-            negative=features.get("negative"),
-            negative_ids=negative_ids,
-            block_size=self.block_size,
-        )
-        results = [compare(*(features[side] for side in TERMS[name])) for name in self.terms]
-        loss = sum(weight * loss for weight, (loss, _) in zip(self.terms.values(), results, strict=True))
-        return {"loss": loss, "accuracy": results[0][1]}
+        results = {}
+        for name in self.terms:
+            temperature = self.temperatures.get(name)
+            of_term = scale if temperature is None else scale.new_full((), 1 / temperature)
+            if name == "image_image":
+                results[name] = nt_xent(features["view"], features["view_2"], of_term, block_size=self.block_size)
+            elif name == "text_text":
+                pair = features["text"], features["text_2"]
+                results[name] = self.compare(*pair, of_term, bias, ids.get("text"))
+            else:
+                results[name] = self.compare_views(features, of_term, bias, ids)
+        losses = {f"loss_{name}": loss for name, (loss, _) in results.items()}
+        total = sum(weight * loss for weight, loss in zip(self.terms.values(), losses.values(), strict=True))
+        parts = {name: loss.detach() for name, loss in losses.items()} if len(losses) > 1 else {}
+        return {"loss": total, "accuracy": next(iter(results.values()))[1], **parts}
+
+    def compare_views(
+        self, features: Mapping[str, Tensor], scale: Tensor, bias: Tensor | None, ids: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Compare pictures with captions: the first view with the first caption, or each with each, and the mean."""
+        images, texts = ([name for name in names if name in features] for names in (VIEWS, TEXTS))
+        if not self.all_views:
+            images, texts = images[:1], texts[:1]
+        negatives = features.get("negative"), ids.get("negative")
+        found = [
+            self.compare(features[image], features[text], scale, bias, ids.get(text), *negatives)
+            for image in images
+            for text in texts
+        ]
+        losses, accuracies = zip(*found, strict=True)
+        return sum(losses) / len(found), sum(accuracies) / len(found)
+
+    def compare(
+        self,
+        first: Tensor,
+        second: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        ids: Tensor | None,
+        negative: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the loss of one kind of pairs, see `clipmini.losses`."""
+        options = {"negative": negative, "negative_ids": negative_ids, "block_size": self.block_size}
+        if bias is None:
+            return info_nce(first, second, scale, duplicates=self.duplicates, ids=ids, **options)
+        return siglip(first, second, scale, bias, duplicates=self.duplicates, ids=ids, **options)
 
     @torch.no_grad()
     def clamp_(self, logit_scale: Tensor) -> None:
@@ -98,17 +166,35 @@ class ContrastiveLoss(nn.Module):
         logit_scale.clamp_(0, math.log(self.max_scale))
 
 
-def check_terms(terms: Mapping[str, float]) -> None:
-    """See that each kind of pairs exists and has a weight.
+def check_terms(terms: Mapping[str, float | None]) -> dict[str, float]:
+    """See that each kind of pairs exists and has a weight, and return those that are not left out.
 
     Raises:
         UserError: one does not, or there is none.
     """
     known = ", ".join(TERMS)
-    if not terms:
-        raise UserError(f"loss.terms={{}}: must give a weight to at least one of {known}")
     for name, weight in terms.items():
         if name not in TERMS:
             raise UserError(f"loss.terms.{name}: no such kind of pairs{did_you_mean(name, TERMS)}; there are: {known}")
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise UserError(f"loss.terms.{name}={weight}: must be a number above 0")
+        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise UserError(f"loss.terms.{name}={weight}: must be a number above 0, or null")
+    found = {name: weight for name, weight in terms.items() if weight is not None}
+    if not found:
+        raise UserError(f"loss.terms: must give a weight to at least one of {known}")
+    return found
+
+
+def check_temperatures(temperatures: Mapping[str, float | None], kind: str) -> None:
+    """See that temperatures are above 0, and of terms that may have one.
+
+    Raises:
+        UserError: one is not.
+    """
+    known = ("image_image", "text_text")
+    for name, value in temperatures.items():
+        if name not in known:
+            raise UserError(f"loss.temperatures.{name}: there are {', '.join(known)}{did_you_mean(name, known)}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"loss.temperatures.{name}={value:g}: must be above 0, or null for the model's own scale")
+        if value is not None and name == "text_text" and kind == "siglip":
+            raise UserError(f"loss.temperatures.text_text={value:g}: must be null with loss=siglip, as its bias")

@@ -1,7 +1,8 @@
 """Which parameters decay, and how the learning rate moves."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +10,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipmini.errors import UserError
-from clipmini.model import Model
 
 
-def parameter_groups(model: Model, shares: Mapping[str, float] | None = None) -> list[dict]:
+def parameter_groups(modules: Iterable[nn.Module], shares: Mapping[str, float] | None = None) -> list[dict]:
     """Split the trainable parameters into one group that decays and one that does not, for each learning rate.
 
     As in CLIP (arXiv:2103.00020, section 2.5) and open_clip's trainer, all decays that is no gain and no bias: gains,
     biases and the scale (fewer than two dimensions) and tables of relative position biases are spared.
 
     Args:
+        modules: the model, and what is trained beside it.
         shares: of the learning rate, for parameters that learn slower, by name.
 
     Returns:
         Groups with the key `share`; first those of the full rate.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain.from_iterable(module.named_parameters() for module in modules):
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or "bias" in name
             groups.setdefault(((shares or {}).get(name, 1.0), spared), []).append(parameter)

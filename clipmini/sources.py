@@ -147,7 +147,9 @@ def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
     content = read_checkpoint(path)
     model = create_described(content["open_clip_config"], f"model={path}")
     prefix = "model."
-    values = {name.removeprefix(prefix): value for name, value in content["state_dict"].items()}
+    # A head of views is in it too, and no part of the model.
+    state = content["state_dict"].items()
+    values = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
     if weights == "average":
         if AVERAGE not in content:
             raise UserError(f"model={path}: weights=average: there is none in it, the run had ema.decay=null")

@@ -8,7 +8,7 @@ rows makes a tile [rows, C]; no more than one tile of similarities and one of we
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from clipmini.errors import UserError
 Duplicates: TypeAlias = Literal["ignore", "mask", "share"]
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of the two tiles together: what caches hold, what makes launches few
 MIN_ROWS = 128  # a block of fewer rows reads the columns too often
+
+
+class Hides(Protocol):
+    """Which columns a row is not compared with."""
+
+    def hide_(self, tile: Tensor, rows: slice) -> Tensor | None:
+        """Set them to -inf in a tile, and return what else is to be known of it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class Tiles:
         UserError: no rows in a tile.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, scale: Tensor, labels: Labels, block_size: int | None) -> None:
+    def __init__(self, rows: Tensor, columns: Tensor, scale: Tensor, labels: Hides, block_size: int | None) -> None:
         check_block_size(block_size)
         self.rows = rows
         # Half precision is multiplied as it is and summed in fp32 where torch can do that (CUDA, torch 2.8 and newer).

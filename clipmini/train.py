@@ -37,7 +37,14 @@ from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.guard import Guard
-from clipmini.model import count_parameters, image_size, open_clip_config, padding, synchronize_batch_norm
+from clipmini.model import (
+    count_parameters,
+    image_size,
+    open_clip_config,
+    padding,
+    synchronize_batch_norm,
+    width_before_projection,
+)
 from clipmini.module import ClipModule
 from clipmini.redaction import redact
 from clipmini.sources import EXPORTED, load_start
@@ -142,7 +149,8 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
         raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: must be 1 or more")
-    return build(cfg, "data", batch_size=cfg.batch_size, seed=cfg.seed, num_cores=processes.num_cores)
+    known = {"batch_size": cfg.batch_size, "seed": cfg.seed, "num_cores": processes.num_cores}
+    return build(cfg, "data", loss=build(cfg, "loss"), **known)
 
 
 def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int) -> ClipModule:
@@ -152,9 +160,11 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
     model = build(cfg, "model", start=start, **given)
     del start
+    if loss.needs_head:
+        loss.add_head(width_before_projection(model))
     accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
     if launch.can_synchronize_batch_norm(processes, accelerator):
-        model = synchronize_batch_norm(model)
+        model, loss = synchronize_batch_norm(model), synchronize_batch_norm(loss)
     if cfg.compile:
         launch.check_compiler(accelerator)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cfg.paths.cache, "compiled"))
@@ -198,7 +208,9 @@ def build_evaluation(
     protocol = Protocol(seed=cfg.seed, resamples=options.bootstrap_resamples)
     held_out = None
     if data.held_out is not None:
-        held_out = read_held_out(data.held_out, data.store, data.captions, seed=cfg.seed, group_size=cfg.batch_size)
+        held_out = read_held_out(
+            data.held_out, data.store, data.content.captions, seed=cfg.seed, group_size=cfg.batch_size
+        )
     return Evaluation(
         Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision),
         held_out,

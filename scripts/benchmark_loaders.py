@@ -18,6 +18,7 @@ import numpy as np
 import open_clip
 import torch
 import webdataset
+from benchmark_loss import make_objective
 from open_clip.transform import image_transform
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -138,12 +139,16 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
     """Make clipmini's batches; pictures leave it as uint8, to be normalised on the device."""
     nothing = {"rotation": 0.0, "translation": 0.0, "zoom": (1.0, 1.0), "shear": 0.0, "fill": 0, "flip": 0.0}
     colors = {"color_jitter": None, "color_jitter_probability": 0.0, "grayscale_probability": 0.0}
+    blur = {"blur": (0.0, 0.0), "blur_probability": 0.0}
     data = ImageTextData(
         val=None,
         train=pairs.shards,
         caption_key="txt",
+        second_caption_key=None,
         hard_negatives=None,
-        augmentation=Augmentation(scale=SCALE, ratio=RATIO, **nothing, **colors),  # type: ignore[arg-type]
+        augmentation=Augmentation(scale=SCALE, ratio=RATIO, **nothing, **colors, **blur),  # type: ignore[arg-type]
+        view_augmentation=None,
+        extra_views=None,
         draft="auto",
         shuffle_streams=64,
         shuffle_block=10_000,
@@ -160,6 +165,7 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
         batch_size=BATCH,
         seed=0,
         num_cores=1,
+        loss=make_objective(),
     )
     tokenize = clock.of("tokenise", ClipTokenizer(77))
     data.prepare(tokenize=tokenize, padding=None, size=PIXELS, num_steps=2**40)

@@ -23,6 +23,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from clipmini.guard import Guard
+from clipmini.head import HeadOptions
 from clipmini.losses import info_nce, siglip
 from clipmini.model import create_model
 from clipmini.module import ClipModule
@@ -69,10 +70,9 @@ def make_loss_step(kind: str, name: str, pairs: int, width: int) -> Step:
     return step
 
 
-def make_module(pairs: int, micro_batch: int | None) -> ClipModule:
-    """Make a model of the size of vit_tiny, to be trained as a run does."""
-    torch.manual_seed(0)
-    objective = ContrastiveLoss(
+def make_objective() -> ContrastiveLoss:
+    """Make CLIP's loss."""
+    return ContrastiveLoss(
         kind="infonce",
         init_scale=14.0,
         init_bias=None,
@@ -80,10 +80,18 @@ def make_module(pairs: int, micro_batch: int | None) -> ClipModule:
         duplicates="ignore",
         block_size=None,
         terms={"image_text": 1.0},
+        temperatures={},
+        head=HeadOptions(layers=0, hidden_width=1, width=1, norm="layer"),
+        all_views=False,
     )
+
+
+def make_module(pairs: int, micro_batch: int | None) -> ClipModule:
+    """Make a model of the size of vit_tiny, to be trained as a run does."""
+    torch.manual_seed(0)
     return ClipModule(
         create_model(name="vit_tiny", init_scale=14.0, init_bias=None).train(),
-        objective,
+        make_objective(),
         optimizer=torch.optim.SGD,
         schedule=lambda optimizer, total_steps: None,
         total_steps=1,
@@ -98,7 +106,7 @@ def make_batch(pairs: int) -> dict[str, Tensor]:
     image = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
     text = torch.randint(1, 49406, (pairs, 32))
     text[:, -1] = 49407  # the end token, by which the text tower pools
-    return {"image": image, "text": text, "id": torch.arange(pairs)}
+    return {"image": image, "text": text, "text_id": torch.arange(pairs)}
 
 
 def make_training_step(pairs: int, micro_batch: int | None) -> Step:

@@ -28,6 +28,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.guard import Guard
+from clipmini.head import HeadOptions
 from clipmini.objective import ContrastiveLoss
 
 pytest_plugins = ["packing"]  # its fixtures
@@ -65,8 +66,15 @@ def make_augmentation(**changes: Any) -> Augmentation:
         "color_jitter": None,
         "color_jitter_probability": 1.0,
         "grayscale_probability": 0.0,
+        "blur": (0.1, 2.0),
+        "blur_probability": 0.0,
     }
     return Augmentation(**{**nothing, **changes})
+
+
+def make_head(**changes: Any) -> HeadOptions:
+    """Make the options of no head, but for the changes."""
+    return HeadOptions(**{"layers": 0, "hidden_width": 16, "width": 8, "norm": "layer", **changes})
 
 
 def make_objective(kind: str = "infonce", **changes: Any) -> ContrastiveLoss:
@@ -77,7 +85,10 @@ def make_objective(kind: str = "infonce", **changes: Any) -> ContrastiveLoss:
         "max_scale": 100.0,
         "duplicates": "ignore",
         "block_size": None,
-        "terms": {"image_text": 1.0},
+        "terms": {"image_text": 1.0, "image_image": None, "text_text": None},
+        "temperatures": {"image_image": 0.1, "text_text": None},
+        "head": make_head(),
+        "all_views": False,
     }
     return ContrastiveLoss(kind=kind, **{**options, **changes})  # type: ignore[arg-type]
 
@@ -99,6 +110,10 @@ def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int =
     options = {
         "val": None,
         "caption_key": "txt",
+        "second_caption_key": None,
+        "view_augmentation": None,
+        "extra_views": None,
+        "loss": make_objective(),
         "hard_negatives": None,
         "augmentation": make_augmentation(flip=0.5),
         "draft": "auto",

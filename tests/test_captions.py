@@ -85,6 +85,45 @@ def test_blank_captions_and_no_others_have_the_id_0() -> None:
     assert caption_ids(["", " \n", "a dog"]).tolist() == [0, 0, caption_id("a dog")] and caption_id("a dog") != 0
 
 
+def draw_second(second_key: str, members: dict[str, bytes], position: int = 0) -> str:
+    draws = Draws(0, position)
+    drawn = dict(Captions.from_key("many", None, second_key).draw_all(members, draws))
+    assert list(drawn) == ["text", "text_2"] and drawn["text"] == draw("many", members, position)
+    assert second_key in ("same", "name", "more.txt") or drawn["text_2"] != drawn["text"]
+    return drawn["text_2"]
+
+
+def test_second_captions() -> None:
+    members = {"txt": b"plain", "more.txt": b" other ", "json": b'{"name": "n", "many": ["x", " y ", "z"]}'}
+    assert draw_second("name", members) == "n" and draw_second("more.txt", members) == "other"
+    assert draw_second("same", members) == draw("many", members)
+    drawn = [draw_second("many", members, position) for position in range(3000)]
+    assert {caption: drawn.count(caption) / 3000 for caption in "xyz"} == pytest.approx(
+        dict.fromkeys("xyz", 1 / 3), abs=0.03
+    )
+    assert Captions.from_key("txt", None, "more.txt").extensions == ("more.txt", "txt")
+    assert Captions.from_key("txt", None, "same").extensions == ("txt",)
+    assert Captions.from_key("txt", None, "name").extensions == ("json", "txt")
+
+
+@pytest.mark.parametrize(
+    ("many", "detail"),
+    [(["x"], "many has no second caption"), (["x", "x "], "many has no second caption"), (["x", 3], "many is int")],
+)
+def test_second_captions_that_cannot_be_used(many: list, detail: str) -> None:
+    captions = Captions({"name": 1.0}, None, "many")
+    members = {"json": json.dumps({"name": "x", "many": many}).encode()}
+    with pytest.raises(Fault, match=detail):
+        dict(captions.draw_all(members, Draws(0, 0)))
+
+
+def test_without_captions_nothing_is_drawn() -> None:
+    assert Captions.from_key(None).extensions == () and not dict(Captions.from_key(None).draw_all({}, Draws(0, 0)))
+    for name, options in (("hard_negatives", ("wrong", None)), ("second_caption_key", (None, "many"))):
+        with pytest.raises(UserError, match=f"data.{name}=.*: needs captions, and data.caption_key=null takes none"):
+            Captions.from_key(None, *options)
+
+
 def draw_negative(value: object, position: int = 0) -> str:
     members = {"txt": b"a dog", "json": json.dumps({"wrong": value}).encode()}
     return Captions.from_key("txt", "wrong").draw_negative(members, Draws(0, position))

@@ -18,18 +18,18 @@ from clipmini.errors import UserError
 Compose = Callable[..., DictConfig]
 YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
 COMMANDS = [path.stem for path in YAMLS if path.parent.name == "commands"]
+PLACES = {"data/augmentation": "data/augmentation@data.view_augmentation"}  # where a group is not put by its name
 CHOICES = [
-    f"{path.parent.relative_to(config.CONFIG_DIR)}={path.stem}"
+    f"{PLACES.get(group := str(path.parent.relative_to(config.CONFIG_DIR)), group)}={path.stem}"
     for path in YAMLS
     if path.parent != config.CONFIG_DIR and path.stem not in COMMANDS
 ]
 
 
 def test_every_group_has_choices() -> None:
-    groups = (
-        "callbacks data evaluation experiment hydra hydra/launcher logger loss model optimizer paths schedule trainer"
-    )
-    assert {choice.split("=")[0] for choice in CHOICES} == set(groups.split())
+    groups = "callbacks data evaluation experiment hydra hydra/launcher logger loss model optimizer paths schedule"
+    expected = {*groups.split(), "trainer", *PLACES.values()}
+    assert {choice.split("=")[0] for choice in CHOICES} == expected
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")

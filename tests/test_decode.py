@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -14,7 +15,9 @@ from PIL import Image
 from clipmini.data.augment import Augmentation
 from clipmini.data.captions import Captions, caption_id
 from clipmini.data.decode import Decoder, EvaluationTransform
+from clipmini.data.draws import Draws
 from clipmini.data.health import Fault
+from clipmini.data.picture import Picture
 from clipmini.data.tokenizer import ClipTokenizer
 
 STRONG = make_augmentation(
@@ -29,9 +32,17 @@ STRONG = make_augmentation(
 )
 
 
-def make_decoder(augmentation: Augmentation = STRONG, seed: int = 0, hard_negatives: str | None = None) -> Decoder:
+def make_decoder(
+    augmentation: Augmentation = STRONG,
+    seed: int = 0,
+    hard_negatives: str | None = None,
+    view_augmentation: Augmentation = STRONG,
+    num_views: int = 1,
+) -> Decoder:
     captions, tokenize = Captions.from_key("txt", hard_negatives), ClipTokenizer(16)
-    return Decoder(32, augmentation, captions, tokenize, seed, max_pixels=10**7, draft="auto")
+    options: dict[str, Any] = {"max_pixels": 10**7, "draft": "auto"}
+    options |= {"view_augmentation": view_augmentation, "num_views": num_views}
+    return Decoder(32, augmentation, captions, tokenize, seed, **options)
 
 
 def members() -> dict[str, bytes]:
@@ -41,9 +52,9 @@ def members() -> dict[str, bytes]:
 
 def test_position_and_seed_are_all_that_counts() -> None:
     first, again = (make_decoder().decode(members(), 5) for _ in range(2))
-    assert torch.equal(first.image, again.image) and first.caption == again.caption
-    assert not torch.equal(first.image, make_decoder().decode(members(), 6).image)
-    assert not torch.equal(first.image, make_decoder(seed=1).decode(members(), 5).image)
+    assert torch.equal(first.views[0], again.views[0]) and first.captions == again.captions
+    assert not torch.equal(first.views[0], make_decoder().decode(members(), 6).views[0])
+    assert not torch.equal(first.views[0], make_decoder(seed=1).decode(members(), 5).views[0])
 
 
 def test_batch_fields() -> None:
@@ -52,10 +63,10 @@ def test_batch_fields() -> None:
     batch = decoder.collate(examples)
     assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (3, 3, 32, 32)
     assert batch["text"].dtype == torch.int64 and batch["text"].shape == (3, 16)
-    assert batch["id"].tolist() == [caption_id(members()["txt"].decode())] * 3
+    assert batch["text_id"].tolist() == [caption_id(members()["txt"].decode())] * 3
     for row, example in enumerate(examples):
-        assert torch.equal(batch["image"][row], example.image)
-        assert torch.equal(batch["text"][row], ClipTokenizer(16)([example.caption])[0])
+        assert torch.equal(batch["image"][row], example.views[0])
+        assert torch.equal(batch["text"][row], ClipTokenizer(16)([example.captions["text"]])[0])
 
 
 def test_hard_negatives_are_more_fields_and_change_nothing_else() -> None:
@@ -64,16 +75,40 @@ def test_hard_negatives_are_more_fields_and_change_nothing_else() -> None:
     with_them, without = (make_decoder(hard_negatives=key) for key in ("wrong", None))
     examples = [[decoder.decode(sample, 7) for sample in samples] for decoder in (with_them, without)]
     batch, plain = with_them.collate(examples[0]), without.collate(examples[1])
-    assert set(plain) == {"image", "text", "id"} and set(batch) - set(plain) == {"negative_text", "negative_id"}
+    assert set(plain) == {"image", "text", "text_id"} and set(batch) - set(plain) == {
+        "negative_text",
+        "negative_text_id",
+    }
     assert all(torch.equal(batch[name], plain[name]) for name in plain)
-    negative = examples[0][0].negative
-    assert negative in wrong[0]["wrong"] and batch["negative_id"].tolist() == [caption_id(negative), 0]
+    negative = examples[0][0].captions["negative_text"]
+    assert negative in wrong[0]["wrong"] and batch["negative_text_id"].tolist() == [caption_id(negative), 0]
     assert torch.equal(batch["negative_text"], ClipTokenizer(16)([negative, ""]))
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png"])
+def test_further_views_are_drawn_from_numbers_of_their_own(format: str) -> None:
+    weak = make_augmentation(flip=0.0)
+    file = io.BytesIO()
+    Image.effect_noise((150, 120), 90).convert("RGB").save(file, format)
+    sample = {format: file.getvalue(), "txt": b"a cat"}
+    one = make_decoder(weak).decode(sample, 7)
+    three = make_decoder(weak, view_augmentation=STRONG, num_views=3).decode(sample, 7)
+    assert torch.equal(three.views[0], one.views[0])  # as without them
+    # The second is what the first would be at the place (position, 1), with the augmentation of views.
+    for number in (1, 2):
+        picture = Picture(sample[format], max_pixels=10**7)
+        draws = Draws(0, 7, number)
+        box = STRONG.draw_box(picture.width, picture.height, draws)
+        assert torch.equal(three.views[number], STRONG.change(picture.crop(box, 32, draft="auto"), draws))
+    assert not torch.equal(three.views[1], three.views[2])
+    batch = make_decoder(weak, num_views=3).collate([three, three])
+    assert set(batch) == {"image", "image_2", "image_3", "text", "text_id"}
+    assert batch["image_3"].shape == (2, 3, 32, 32) and batch["image_3"].dtype == torch.uint8
 
 
 def test_crop_of_the_whole_picture_is_a_resize() -> None:
     nothing = make_augmentation(scale=(1, 1), ratio=(1, 1))
-    found = make_decoder(nothing).decode(members(), 0).image
+    found = make_decoder(nothing).decode(members(), 0).views[0]
     image = Image.open(io.BytesIO(members()["webp"]))
     white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     expected = np.asarray(white.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)

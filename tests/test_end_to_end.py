@@ -121,6 +121,34 @@ def test_processes_micro_batches_and_workers_make_the_same_run(
     assert all(other == numbers[0] for other in numbers)
 
 
+def test_all_kinds_of_pairs_make_the_same_run(shards: Path, tmp_path: Path) -> None:
+    terms = {"image_text": 1.0, "image_image": 0.5, "text_text": 0.25}
+    options = [
+        *QUICK,
+        *("model=vit_tiny", "name=run", "batch_size=12", f"data.train={shards}", "schedule.warmup_steps=0"),
+        *(f"loss.terms.{name}={weight}" for name, weight in terms.items()),
+        *("loss.head.layers=3", "loss.head.hidden_width=32", "loss.head.width=16", "loss.all_views=true"),
+        *("data.caption_key=keywords", "data.second_caption_key=keywords", "data.extra_views=2", "data.ledger=true"),
+        "data/augmentation@data.view_augmentation=simclr",
+    ]
+    runs = []
+    for number, (world_size, micro_batch, num_workers) in enumerate([(1, "null", 0), (2, "4", 1), (3, "null", 0)]):
+        runs.append(tmp_path / str(number))
+        runs[-1].mkdir()
+        kind = [f"micro_batch={micro_batch}", f"data.num_workers={num_workers}"]
+        result = run_forked(["train", *options, *kind], runs[-1], processes=world_size)
+        assert result.returncode == 0, result.stderr
+    first, *others = (read_metrics(run / "outputs/run") for run in runs)
+    for row in first:
+        parts = sum(weight * row[f"train/loss_{name}"] for name, weight in terms.items())
+        assert row["train/loss"] == pytest.approx(parts, rel=1e-6)
+    assert first[-1]["train/loss"] < first[0]["train/loss"]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            for column in ("train/loss", "train/loss_image_image", "train/loss_text_text", "train/grad_norm"):
+                assert a[column] == pytest.approx(b[column], abs=1e-5, rel=1e-5), (a["step"], column)
+
+
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_equal_captions_that_are_shared_reach_a_loss_that_others_cannot(
     loss: str, compose: Callable[..., DictConfig], tiny_json: Path, tmp_path: Path

@@ -32,7 +32,7 @@ def is_equal(a: Batch, b: Batch) -> bool:
     longest = max(a["text"].shape[1], b["text"].shape[1])
     texts = [torch.nn.functional.pad(x["text"], (0, longest - x["text"].shape[1])) for x in (a, b)]
     lists = all(a[name] == b[name] for name in ("position", "key"))
-    return lists and torch.equal(*texts) and all(torch.equal(a[name], b[name]) for name in ("image", "id"))
+    return lists and torch.equal(*texts) and all(torch.equal(a[name], b[name]) for name in ("image", "text_id"))
 
 
 def join(parts: Iterable[Batch]) -> Batch:
@@ -44,7 +44,7 @@ def join(parts: Iterable[Batch]) -> Batch:
     return {
         **lists,
         "text": torch.cat(texts),
-        **{name: torch.cat([part[name] for part in parts]) for name in ("image", "id")},
+        **{name: torch.cat([part[name] for part in parts]) for name in ("image", "text_id")},
     }
 
 
@@ -55,7 +55,10 @@ def test_batches_are_as_described(shards: Path, tmp_path: Path) -> None:
     for step, batch in enumerate(batches):
         assert sorted(batch["position"]) == list(range(12 * step, 12 * step + 12))
         assert batch["image"].shape == (12, 3, 16, 16) and batch["image"].dtype == torch.uint8
-        assert batch["text"].dtype == batch["id"].dtype == torch.int64 and len(batch["text"]) == len(batch["id"]) == 12
+        assert (
+            batch["text"].dtype == batch["text_id"].dtype == torch.int64
+            and len(batch["text"]) == len(batch["text_id"]) == 12
+        )
         lengths = (batch["text"] != 0).sum(dim=1)
         assert batch["text_length"].tolist() == lengths.tolist()
         assert batch["text"].shape[1] == round_up(int(lengths.max())) < 24  # trimmed

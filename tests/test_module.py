@@ -3,6 +3,7 @@
 import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from clipmini import distributed
 from clipmini.data.captions import caption_ids
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
+from clipmini.model import width_before_projection
 from clipmini.module import ClipModule
 from clipmini.tiles import Duplicates
 
@@ -27,11 +29,15 @@ def make_module(
     loss: str = "infonce",
     duplicates: Duplicates = "ignore",
     lock_image: bool = False,
+    **changes: Any,
 ) -> ClipModule:
-    """Make a module in float64, so that sums in another order are equal to 1e-12."""
-    objective = make_objective(loss, duplicates=duplicates)
+    """Make a module in float64, so that sums in another order are equal to 1e-12; changes are of the loss."""
+    objective = make_objective(loss, duplicates=duplicates, **changes)
+    model = make_model(path, init_bias=objective.init_bias, lock_image=lock_image).train()
+    if objective.needs_head:
+        objective.add_head(width_before_projection(model))
     module = ClipModule(
-        make_model(path, init_bias=objective.init_bias, lock_image=lock_image).train(),
+        model,
         objective,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
         schedule=lambda optimizer, total_steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
@@ -43,15 +49,19 @@ def make_module(
     return module.double()
 
 
+def make_pictures(rows: int, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
 def make_batch(rows: int, size: int = 32) -> dict[str, Tensor]:
     """Make a batch in which every third caption is the first one, and half of the pairs have a hard negative."""
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator)
+    image = make_pictures(rows, size, 1)
     captions = [f"picture number {row if row % 3 else 0}" for row in range(rows)]
     negatives = [f"no picture number {row}" if row % 2 else "" for row in range(rows)]
     tokenize = ClipTokenizer(24)
-    batch = {"image": image, "text": tokenize(captions), "id": caption_ids(captions)}
-    return {**batch, "negative_text": tokenize(negatives), "negative_id": caption_ids(negatives)}
+    batch = {"image": image, "text": tokenize(captions), "text_id": caption_ids(captions)}
+    return {**batch, "negative_text": tokenize(negatives), "negative_text_id": caption_ids(negatives)}
 
 
 def gradients(module: ClipModule, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

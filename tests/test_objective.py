@@ -15,7 +15,11 @@ from clipmini.errors import UserError
 def test_is_the_weighted_sum_of_its_terms(kind: str) -> None:
     inputs = make_inputs(9, negatives=True)
     bias = inputs["bias"] if kind == "siglip" else None
-    numbers = {"scale": inputs["scale"], "bias": bias, "ids": inputs["ids"], "negative_ids": inputs["negative_ids"]}
+    numbers = {
+        "scale": inputs["scale"],
+        "bias": bias,
+        "ids": {"text": inputs["ids"], "negative": inputs["negative_ids"]},
+    }
     for duplicates in ("ignore", "share"):
         result = make_objective(kind, duplicates=duplicates, terms={"image_text": 0.25})(inputs, **numbers)
         loss, accuracy = call(kind, inputs, duplicates=duplicates)
@@ -40,7 +44,7 @@ def test_scale_stays_within_its_limits() -> None:
         ("siglip", {"init_bias": None}, "loss.init_bias=None: must be a number with siglip"),
         ("infonce", {"block_size": 0}, "loss.block_size=0: must be 1 or more, or null"),
         ("infonce", {"terms": {}}, "must give a weight to at least one of image_text"),
-        ("infonce", {"terms": {"image_txt": 1.0}}, r"image_txt: no such kind of pairs \(did you mean 'image_text'\?\)"),
+        ("infonce", {"terms": {"image_txt": 1.0}}, r"image_txt: no such kind of pairs \(did you mean 'image_text'"),
         ("infonce", {"terms": {"image_text": 0.0}}, "loss.terms.image_text=0.0: must be a number above 0"),
         ("infonce", {"terms": {"image_text": "much"}}, "loss.terms.image_text=much: must be a number above 0"),
     ],

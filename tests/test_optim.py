@@ -23,7 +23,7 @@ def spared_by_open_clip(name: str, parameter: torch.Tensor) -> bool:
 def test_what_decays_is_what_decays_in_open_clip(name: str) -> None:
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta")
-    decayed, rest = optim.parameter_groups(model)
+    decayed, rest = optim.parameter_groups([model])
     assert rest["weight_decay"] == 0 and "weight_decay" not in decayed
     expected = {True: [], False: []}
     for key, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def test_what_decays_is_what_decays_in_open_clip(name: str) -> None:
 
 def test_frozen_parameters_are_left_out(tiny_json: Path) -> None:
     model = make_model(str(tiny_json), lock_image=True)
-    trained = [parameter for group in optim.parameter_groups(model) for parameter in group["params"]]
+    trained = [parameter for group in optim.parameter_groups([model]) for parameter in group["params"]]
     frozen = {id(parameter) for parameter in model.visual.parameters()}
     assert trained and not any(id(parameter) in frozen for parameter in trained)
 

@@ -174,7 +174,7 @@ def test_layers_of_timm_learn_as_timm_has_it(changes: dict, tmp_path: Path) -> N
 def test_a_step_is_as_much_shorter(tmp_path: Path) -> None:
     model = make(tmp_path / "m.json", DEEP)
     shares = decay_learning_rates(model, {"image": 0.5, "text": 0.25})
-    optimizer = torch.optim.SGD(optim.parameter_groups(model, shares), lr=0.5)
+    optimizer = torch.optim.SGD(optim.parameter_groups([model], shares), lr=0.5)
     optim.apply_shares(optimizer)
     schedule = optim.constant(optimizer, total_steps=8, warmup_steps=2, warmup_fraction=0.5)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -15,11 +15,12 @@ from test_picture import png_header
 
 from clipmini import cli
 from clipmini.data.captions import Captions
+from clipmini.data.content import Content
 from clipmini.data.index import Shard
 from clipmini.data.locate import local_shard
 from clipmini.shards.verify import Rules, find_defects
 
-RULES = Rules(Captions.from_key("txt"), max_member_bytes=50_000, max_pixels=10**7)
+RULES = Rules(Content(Captions.from_key("txt"), 1), max_member_bytes=50_000, max_pixels=10**7)
 
 
 def find(path: Path, tmp_path: Path, rules: Rules = RULES, count: int = -1) -> list[tuple[str, str, str]]:
@@ -76,7 +77,7 @@ def test_defects_of_captions_in_json(tmp_path: Path) -> None:
     samples = read_sample("train/noto-00000.tar", 4)
     samples[1]["json"] = b"{"
     samples[2]["json"] = json.dumps({"name": ["fine", " "]}).encode()
-    rules = Rules(Captions.from_key({"name": 0.5, "txt": 0.5}), 50_000, 10**7)
+    rules = Rules(Content(Captions.from_key({"name": 0.5, "txt": 0.5}), 1), 50_000, 10**7)
     found = find(write_tar(tmp_path / "x.tar", samples), tmp_path, rules)
     assert [(key, cause) for key, cause, _ in found] == [
         (samples[1]["__key__"], "json"),

@@ -306,5 +306,7 @@ def test_features_before_the_projection(tiny_json: Path, classification_set: Pat
 
 def test_a_tower_without_a_projection_is_refused() -> None:
     model = make_model("RN50", vision_cfg={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32})
-    with pytest.raises(UserError, match="probe_features=before_projection: ModifiedResNet has no projection"):
+    with pytest.raises(
+        UserError, match="ModifiedResNet has no projection at its end: probe_features=before_projection"
+    ):
         encode_image(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), before_projection=True)

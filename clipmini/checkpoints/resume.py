@@ -16,25 +16,19 @@ log = logging.getLogger(__name__)
 IDENTITY = (
     *("seed", "batch_size", "image_size", "model", "optimizer", "layer_decay"),
     *(f"loss.{name}" for name in ("kind", "init_scale", "init_bias", "max_scale", "duplicates", "terms")),
+    *(f"loss.{name}" for name in ("temperatures", "head", "all_views")),
     *(
         "data.caption_key",
+        "data.second_caption_key",
         "data.hard_negatives",
         "data.augmentation",
+        "data.extra_views",
+        "data.view_augmentation",
         "data.draft",
         "data.max_pixels",
         "data.max_member_bytes",
     ),
 )
-
-# What checkpoints were made with that are older than the key.
-BEFORE = {
-    "model.lock_image_unlocked_groups": 0,
-    "model.lock_image_freeze_bn_stats": True,
-    "model.lock_text_unlocked_layers": 0,
-    "model.lock_text_freeze_layer_norm": True,
-    "layer_decay.image": 1.0,
-    "layer_decay.text": 1.0,
-}
 
 
 def find_checkpoint(run: Path, config: Mapping[str, Any]) -> Path | None:
@@ -83,10 +77,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], run: Path) -
     Raises:
         UserError: names each key that differs, with both values.
     """
-    new = flatten(now)
-    old = {key: value for key, value in BEFORE.items() if key in new} | flatten(then)
-    differences = list_differences(new, old, IDENTITY)
-    if differences:
+    if differences := list_differences(flatten(now), flatten(then), IDENTITY):
         raise UserError(
             f"{run} holds a run of another config; choose another name=, or give back: {'; '.join(differences)}"
         )

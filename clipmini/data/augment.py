@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from clipmini.data.draws import Draws
@@ -20,7 +20,7 @@ MID_GREY = 128.0
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random resized crop, flip, affine map and colour jitter, in that order, each drawn from the numbers given.
+    """Random resized crop, flip, affine map, colour jitter and blur, in that order, each drawn from the numbers given.
 
     Attributes:
         scale: range of the crop's share of the picture's area.
@@ -35,6 +35,8 @@ class Augmentation:
             change of hue in turns; or null.
         color_jitter_probability: how often colours are changed at all.
         grayscale_probability: how often they are taken away.
+        blur: range of the standard deviation of a Gaussian blur, pixels.
+        blur_probability: how often there is one.
 
     Raises:
         UserError: a value out of its range.
@@ -51,14 +53,17 @@ class Augmentation:
     color_jitter: tuple[float, float, float, float] | None
     color_jitter_probability: float
     grayscale_probability: float
+    blur: tuple[float, float]
+    blur_probability: float
 
     def __post_init__(self) -> None:
         jitter = self.color_jitter or (0, 0, 0, 0)
-        shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability")
+        shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability", "blur_probability")
         is_right = {
             "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
             "ratio": 0 < self.ratio[0] <= self.ratio[1] < math.inf,
             "zoom": 0 < self.zoom[0] <= self.zoom[1] < math.inf,
+            "blur": 0 <= self.blur[0] <= self.blur[1] < math.inf,
             "rotation": 0 <= self.rotation <= 180,
             "shear": 0 <= self.shear < 90,
             "fill": 0 <= self.fill <= 255,
@@ -80,14 +85,17 @@ class Augmentation:
         size = picture.shape[1]
         coefficients = self.draw_affine_map(size, draws)
         colors = self.draw_colors(draws)
-        if coefficients is None and colors is None:
+        # Drawn only where there may be one: numbers that are drawn in vain would change what is drawn after them.
+        blur = draws.uniform(*self.blur) if self.blur_probability and draws.random() < self.blur_probability else None
+        if coefficients is None and colors is None and blur is None:
             return picture
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         if coefficients:
             fill = (self.fill,) * 3
             method = Image.Transform.AFFINE
             image = image.transform((size, size), method, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
-        return to_tensor(image.convert("RGB", colors) if colors else image)
+        image = image.convert("RGB", colors) if colors else image
+        return to_tensor(image.filter(ImageFilter.GaussianBlur(blur)) if blur is not None else image)
 
     def draw_affine_map(self, size: int, draws: Draws) -> tuple[float, ...] | None:
         """Draw an affine map as Pillow wants it, or None if there is never any."""

@@ -16,36 +16,62 @@ from clipmini.data.draws import Draws
 from clipmini.data.health import Fault
 from clipmini.errors import UserError
 
+SAME = "same"  # as a second caption: the first one
+
 
 @dataclass(frozen=True)
 class Captions:
-    """Which caption of a sample is used: `txt`, a key of its json, or several of them with probabilities.
+    """Which captions of a sample are used: a text member (`txt`), a key of its json, or several with probabilities.
 
     Attributes:
-        probabilities: of each key.
+        probabilities: of each key; none where captions are not used.
         hard_negatives: key of the json with captions that are wrong for the picture, or None.
+        second_key: of another caption that belongs to the picture, SAME for the first one again, or None.
     """
 
     probabilities: Mapping[str, float]
     hard_negatives: str | None = None
+    second_key: str | None = None
 
     @classmethod
-    def from_key(cls, key: str | Mapping[str, float], hard_negatives: str | None = None) -> "Captions":
-        """Read `data.caption_key` and `data.hard_negatives`.
+    def from_key(
+        cls, key: str | Mapping[str, float] | None, hard_negatives: str | None = None, second_key: str | None = None
+    ) -> "Captions":
+        """Read `data.caption_key`, `data.hard_negatives` and `data.second_caption_key`.
 
         Raises:
-            UserError: probabilities that do not add up to 1.
+            UserError: probabilities that do not add up to 1, or further captions where there are no first ones.
         """
+        if key is None:
+            for name, value in (("hard_negatives", hard_negatives), ("second_caption_key", second_key)):
+                if value is not None:
+                    raise UserError(f"data.{name}={value}: needs captions, and data.caption_key=null takes none")
+            return cls({})
         probabilities = {key: 1.0} if isinstance(key, str) else dict(key)
         if any(p < 0 for p in probabilities.values()) or not math.isclose(sum(probabilities.values()), 1.0):
             raise UserError(f"data.caption_key={probabilities}: the probabilities must be positive and add up to 1")
-        return cls(probabilities, hard_negatives)
+        return cls(probabilities, hard_negatives, second_key)
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """The members that hold the captions."""
+        second = {self.second_key} - {None, SAME}
         in_json = {"json"} if self.hard_negatives else set()
-        return tuple(sorted({"txt" if key == "txt" else "json" for key in self.probabilities} | in_json))
+        return tuple(sorted({member_of(str(key)) for key in {*self.probabilities, *second}} | in_json))
+
+    def draw_all(self, members: Mapping[str, bytes], draws: Draws) -> Iterator[tuple[str, str]]:
+        """Yield the captions of a sample by their names in a batch, in the order in which they are drawn.
+
+        Raises:
+            Fault: one is missing, or cannot be used.
+        """
+        if self.probabilities:
+            caption = self.draw(members, draws)
+            yield "text", caption
+            if self.hard_negatives:
+                yield "negative_text", self.draw_negative(members, draws)
+            if self.second_key is not None:
+                yield "text_2", self.draw_second(members, draws, caption)
 
     def draw(self, members: Mapping[str, bytes], draws: Draws) -> str:
         """Return one caption; of a list of captions, each is as likely.
@@ -58,6 +84,23 @@ class Captions:
         if isinstance(value, list) and value:
             value = value[draws.below(len(value))]
         return check_caption(value, key)
+
+    def draw_second(self, members: Mapping[str, bytes], draws: Draws, first: str) -> str:
+        """Return another caption; of a list of captions, each that is not the first one is as likely.
+
+        Raises:
+            Fault: there is none.
+        """
+        assert self.second_key is not None
+        if self.second_key == SAME:
+            return first
+        value = read_value(members, self.second_key)
+        if isinstance(value, list):
+            others = [caption for caption in value if not isinstance(caption, str) or caption.strip() != first]
+            if not others:
+                raise Fault("caption", f"{self.second_key} has no second caption")
+            value = others[draws.below(len(others))]
+        return check_caption(value, self.second_key)
 
     def draw_negative(self, members: Mapping[str, bytes], draws: Draws) -> str:
         """Return one of the hard negatives, each as likely; blank if the sample has none.
@@ -87,7 +130,7 @@ class Captions:
     def faults(self, members: Mapping[str, bytes]) -> Iterator[Fault]:
         """Yield what is wrong with any caption that could be drawn."""
         found: list[tuple[str, Any]] = []
-        for key in self.probabilities:
+        for key in (*self.probabilities, *sorted({str(self.second_key)} - {"None", SAME, *self.probabilities})):
             try:
                 value = read_value(members, key)
             except Fault as fault:
@@ -103,14 +146,24 @@ class Captions:
                 yield fault
 
 
+def member_of(key: str) -> str:
+    """Return the member that holds what a caption key names: `txt` or `OTHER.txt` itself, or the .json."""
+    return key if is_text(key) else "json"
+
+
+def is_text(extension: str) -> bool:
+    """Say whether a member is a caption as plain text."""
+    return extension == "txt" or extension.endswith(".txt")
+
+
 def read_value(members: Mapping[str, bytes], key: str) -> Any:
-    """Return what a sample has under a caption key: bytes of its .txt, or a value of its .json.
+    """Return what a sample has under a caption key: bytes of a text member, or a value of its .json.
 
     Raises:
         Fault: no JSON, or no such key.
     """
-    if key == "txt":
-        return members.get("txt")
+    if is_text(key):
+        return members.get(key)
     metadata = read_metadata(members["json"]) if "json" in members else {}
     if key not in metadata:
         raise Fault("caption", f"no {key!r} in the .json")

@@ -14,7 +14,7 @@ from clipmini.data.remote import is_remote
 from clipmini.data.store import ShardStore
 from clipmini.errors import UserError
 
-# image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b]; with a ledger lists of position and key
+# what `Decoder.collate` makes; with a ledger also lists of position and key
 Batch = dict[str, Any]
 BAD = "bad"  # where a batch carries its bad samples from a worker to the main process
 ERROR = "error"  # and, in place of all else, what must stop the run

@@ -1,6 +1,7 @@
 """The bytes of a sample to tensors: a uint8 picture and token ids, every random choice drawn from its position."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,8 +14,11 @@ from torchvision.transforms import InterpolationMode
 from clipmini.data.augment import Augmentation
 from clipmini.data.captions import Captions, caption_ids
 from clipmini.data.draws import Draws
+from clipmini.data.index import IMAGE_EXTENSIONS
 from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
+
+VIEWS = ("image", "image_2", "image_3")  # of a picture, by their names in a batch
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,8 @@ class EvaluationTransform:
 class Example(NamedTuple):
     """A decoded sample."""
 
-    image: Tensor  # uint8 [3, size, size]
-    caption: str
-    negative: str  # a caption that is wrong for it, or blank
+    views: list[Tensor]  # of its picture, uint8 [3, size, size]
+    captions: dict[str, str]  # by their names in a batch
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Decoder:
         seed: with the position, the whole state of every random choice.
         max_pixels: larger pictures are refused.
         draft: `auto` decodes large JPEGs at a part of their size, `off` never does.
+        view_augmentation: of the views after the first one.
+        num_views: of each picture; 0 leaves pictures out.
     """
 
     size: int
@@ -69,6 +74,8 @@ class Decoder:
     seed: int
     max_pixels: int
     draft: Literal["auto", "off"]
+    view_augmentation: Augmentation
+    num_views: int
 
     def decode(self, members: Mapping[str, bytes], position: int) -> Example:
         """Decode a sample.
@@ -77,22 +84,33 @@ class Decoder:
             Fault: the picture or the caption cannot be used.
         """
         draws = Draws(self.seed, position)
-        caption = self.captions.draw(members, draws)
-        data = next(data for extension, data in members.items() if extension not in ("txt", "json"))
-        picture = Picture(data, max_pixels=self.max_pixels)
-        box = self.augmentation.draw_box(picture.width, picture.height, draws)
-        image = self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
-        # The last to be drawn: what is drawn before is the same without it.
-        return Example(image, caption, self.captions.draw_negative(members, draws))
+        captions = self.captions.draw_all(members, draws)
+        drawn = dict(itertools.islice(captions, 1))
+        views = list(self.draw_views(members, position, draws))
+        # The last to be drawn: what is drawn before is the same without them.
+        return Example(views, drawn | dict(captions))
+
+    def draw_views(self, members: Mapping[str, bytes], position: int, draws: Draws) -> Iterator[Tensor]:
+        """Yield the views of a picture, each after the first drawn from numbers of its own."""
+        if self.num_views:
+            data = next(data for extension, data in members.items() if extension in IMAGE_EXTENSIONS)
+            for number in range(self.num_views):
+                picture = Picture(data, max_pixels=self.max_pixels)  # each view may be decoded at another size
+                draws = draws if number == 0 else Draws(self.seed, position, number)
+                augmentation = self.view_augmentation if number else self.augmentation
+                box = augmentation.draw_box(picture.width, picture.height, draws)
+                yield augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch.
 
-        image uint8 [b, 3, size, size], text int64 [b, context], id int64 [b] (equal captions, equal id); and where the
-        config names hard negatives negative_text and negative_id like those, 0 where a sample has none.
+        image, image_2, image_3 uint8 [b, 3, size, size], as many as there are views; text, text_2, negative_text int64
+        [b, context], those that there are, and text_id and so on int64 [b]: equal captions have equal ones, 0 where a
+        sample has no hard negative.
         """
-        images, captions, negatives = zip(*examples, strict=True)
-        batch = {"image": torch.stack(images), "text": self.tokenize(captions), "id": caption_ids(captions)}
-        if self.captions.hard_negatives:
-            batch |= {"negative_text": self.tokenize(negatives), "negative_id": caption_ids(negatives)}
+        views = zip(*(example.views for example in examples), strict=True)
+        batch = {name: torch.stack(of_all) for name, of_all in zip(VIEWS, views, strict=False)}
+        for name in examples[0].captions:
+            captions = [example.captions[name] for example in examples]
+            batch |= {name: self.tokenize(captions), f"{name}_id": caption_ids(captions)}
         return batch

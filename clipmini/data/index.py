@@ -46,7 +46,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class PairFormat:
-    """Which members of a sample make a pair: a picture, and what holds its captions (`txt`, `json` or both)."""
+    """Which members of a sample make a pair: a picture, and what holds its captions (`txt`, `json` or both).
+
+    Without image extensions it is captions alone, and without captions pictures alone.
+    """
 
     caption_extensions: tuple[str, ...] = ("txt",)
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -59,11 +62,12 @@ class PairFormat:
     @property
     def name(self) -> str:
         """Short form, for the names of files."""
-        return "-".join(self.caption_extensions)
+        return "-".join((*(() if self.image_extensions else ("text",)), *self.caption_extensions)) or "pictures"
 
     def __str__(self) -> str:
-        captions = " and ".join(f".{extension}" for extension in self.caption_extensions)
-        return f"a picture ({', '.join(f'.{extension}' for extension in self.image_extensions)}) and {captions}"
+        pictures = f"a picture ({', '.join(f'.{extension}' for extension in self.image_extensions)})"
+        captions = [f".{extension}" for extension in self.caption_extensions]
+        return " and ".join([*([pictures] if self.image_extensions else []), *captions])
 
 
 class Member(NamedTuple):
@@ -211,7 +215,7 @@ class ShardIndex:
         pair_format: what makes a pair.
         names: keys, joined; UTF-8.
         ends: where each key ends in `names`, uint32 [n].
-        blocks: where the picture and each caption member begin, in blocks, uint32 [n, 1 + caption extensions].
+        blocks: where the picture, if there are any, and each caption member begin, in blocks, uint32 [n, members].
         sizes: their bytes, uint32 of the same shape; what is larger counts as the largest number.
         kinds: which of the image extensions the picture has, uint8 [n].
         extensions: of everything in the shard.
@@ -237,7 +241,8 @@ class ShardIndex:
 
     def members(self, index: int) -> dict[str, tuple[int, int]]:
         """Return (offset, bytes) of the members of a pair by extension, the picture first."""
-        extensions = (self.pair_format.image_extensions[self.kinds[index]], *self.pair_format.caption_extensions)
+        pictures = self.pair_format.image_extensions
+        extensions = (*([pictures[self.kinds[index]]] if pictures else []), *self.pair_format.caption_extensions)
         places = zip(self.blocks[index].tolist(), self.sizes[index].tolist(), strict=True)
         return {extension: (block * BLOCK, size) for extension, (block, size) in zip(extensions, places, strict=True)}
 
@@ -307,14 +312,16 @@ def build_index(
     """Turn the members of all samples into arrays; samples that make no pair are left out."""
     keys, kinds, rows = [], [], []
     for key, members in samples.items():
-        picture = next((extension for extension in members if extension in pair_format.image_extensions), None)
-        if picture is None or not all(extension in members for extension in pair_format.caption_extensions):
+        pictures = [extension for extension in members if extension in pair_format.image_extensions][:1]
+        is_missing = len(pictures) < bool(pair_format.image_extensions)
+        if is_missing or not all(extension in members for extension in pair_format.caption_extensions):
             continue
         keys.append(key.encode("utf-8", "surrogateescape"))
-        kinds.append(pair_format.image_extensions.index(picture))
-        row = [members[extension] for extension in (picture, *pair_format.caption_extensions)]
+        kinds.append(pair_format.image_extensions.index(pictures[0]) if pictures else 0)
+        row = [members[extension] for extension in (*pictures, *pair_format.caption_extensions)]
         rows.append([(member.offset // BLOCK, min(member.size, MAX_SIZE)) for member in row])
-    places = np.array(rows, np.uint32).reshape(len(rows), 1 + len(pair_format.caption_extensions), 2)
+    width = bool(pair_format.image_extensions) + len(pair_format.caption_extensions)
+    places = np.array(rows, np.uint32).reshape(len(rows), width, 2)
     return ShardIndex(
         pair_format,
         b"".join(keys),

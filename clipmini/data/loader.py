@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from clipmini.data.augment import Augmentation
 from clipmini.data.cache import ShardCache
+from clipmini.data.content import Content, check_range
 from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
-from clipmini.data.decode import Captions, Decoder
+from clipmini.data.decode import Decoder
 from clipmini.data.health import Health
-from clipmini.data.index import PairFormat
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
 from clipmini.data.processes import leave_signals_to_main
@@ -24,6 +24,7 @@ from clipmini.data.tokenizer import Tokenize
 from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.lengths import count_used, round_up
+from clipmini.objective import ContrastiveLoss
 
 
 def default_num_workers(num_cores: int) -> int:
@@ -114,7 +115,7 @@ class TrainLoader:
                 raise batch[ERROR]
             self.samples += self.batch_size
             if self.padding is not None:
-                for name in {"text", "negative_text"} & batch.keys():
+                for name in {"text", "text_2", "negative_text"} & batch.keys():
                     lengths = count_used(batch[name], self.padding)
                     longest = round_up(int(lengths.max()))
                     batch[name], batch[f"{name}_length"] = batch[name][:, :longest], lengths
@@ -168,11 +169,15 @@ class ImageTextData(pl.LightningDataModule):
         train: where the shards are: a directory of tars, a glob, a brace pattern, a list of those, or a mapping
             `name: {shards, weight}`; local paths or URLs (s3, gs, hf, http, https).
         val: shards that are held out, in the same way, or null.
-        caption_key: `txt`, a key of a sample's json (a caption, or a list of which one is drawn at each visit), or
-            a mapping of those to probabilities.
+        caption_key: `txt` or `OTHER.txt`, a key of a sample's json (a caption, or a list of which one is drawn at each
+            visit), a mapping of those to probabilities, or null, where there are no captions or none is needed.
+        second_caption_key: of another caption that belongs to the picture; of a list that is not the first one;
+            `same` for the first one again; or null.
         hard_negatives: key of the json with captions that are wrong for the picture, of which one is drawn at each
             visit, or null.
         augmentation: what may happen to a picture.
+        view_augmentation: the same for its further views, or null.
+        extra_views: how many there are, at most 2; null: one, if views are compared.
         draft: `auto` decodes large JPEGs at a part of their size where that leaves 1.5 pixels for each of the result.
         shuffle_streams: parts of the data that each batch mixes.
         shuffle_block: samples of such a part that are shuffled at a time.
@@ -189,9 +194,10 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: global, over all ranks.
         seed: decides the order and every random choice, with the position of a sample.
         num_cores: of this process.
+        loss: what is compared, and so what is read.
 
     Raises:
-        UserError: no shards, no pairs, or values out of range.
+        UserError: no shards, no pairs, values out of range, or nothing of what the loss compares.
     """
 
     def __init__(
@@ -199,9 +205,12 @@ class ImageTextData(pl.LightningDataModule):
         *,
         train: str | list[str] | dict[str, Any],
         val: str | list[str] | dict[str, Any] | None,
-        caption_key: str | dict[str, float],
+        caption_key: str | dict[str, float] | None,
+        second_caption_key: str | None,
         hard_negatives: str | None,
         augmentation: Augmentation,
+        view_augmentation: Augmentation | None,
+        extra_views: int | None,
         draft: Literal["auto", "off"],
         shuffle_streams: int,
         shuffle_block: int,
@@ -218,6 +227,7 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: int,
         seed: int,
         num_cores: int,
+        loss: ContrastiveLoss,
     ) -> None:
         super().__init__()
         check_range("num_workers", num_workers, 0)
@@ -226,12 +236,13 @@ class ImageTextData(pl.LightningDataModule):
         check_range("max_pixels", max_pixels, 1, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own limit
         check_range("max_bad_fraction", max_bad_fraction, 0, 1)
         check_range("timeout", timeout, 0.1)
-        self.captions = Captions.from_key(caption_key, hard_negatives)
-        self.store = ShardStore(PairFormat(self.captions.extensions), cache, max_member_bytes=max_member_bytes)
+        self.content = Content.choose(loss, caption_key, second_caption_key, hard_negatives, extra_views)
+        self.store = ShardStore(self.content.pair_format, cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
         self.held_out = find_held_out(val, self.manifest, self.store, allow_pipe=allow_pipe)
         self.plan = Plan(self.manifest, seed=seed, shuffle_streams=shuffle_streams, shuffle_block=shuffle_block)
         self.augmentation = augmentation
+        self.view_augmentation = view_augmentation or augmentation
         self.draft = draft
         self.max_pixels = max_pixels
         self.num_workers = default_num_workers(num_cores) if num_workers is None else num_workers
@@ -259,11 +270,13 @@ class ImageTextData(pl.LightningDataModule):
         self.decoder = Decoder(
             size,
             self.augmentation,
-            self.captions,
+            self.content.captions,
             tokenize,
             self.seed,
             max_pixels=self.max_pixels,
             draft=self.draft,
+            view_augmentation=self.view_augmentation,
+            num_views=self.content.num_views,
         )
         self.num_steps = num_steps
 
@@ -306,14 +319,3 @@ def find_held_out(
         if path in trained:
             raise UserError(f"data.val: {path} is a shard of data.train too, so that it would not be held out")
     return held_out
-
-
-def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Refuse a value out of its range.
-
-    Raises:
-        UserError: it is.
-    """
-    if value is not None and not low <= value <= high:
-        limit = f"from {low:g} to {high:.10g}" if high < float("inf") else f"{low:g} or more"
-        raise UserError(f"data.{name}={value}: must be {limit}, or null where it may be")

@@ -10,6 +10,7 @@ from errno import EMFILE, ENFILE, ENOMEM
 from typing import Any, TypeVar
 
 from clipmini.data.cache import ShardCache
+from clipmini.data.captions import is_text
 from clipmini.data.health import Fault
 from clipmini.data.index import PairFormat, Shard, ShardIndex, index_file, load_index
 from clipmini.data.remote import is_remote
@@ -163,7 +164,7 @@ def check_size(extension: str, size: int, max_member_bytes: int) -> None:
     """
     if size > max_member_bytes:
         raise Fault("too_many_bytes", f".{extension} has {size}, data.max_member_bytes={max_member_bytes}")
-    if size > MAX_CAPTION_BYTES and extension in ("txt", "json"):
+    if size > MAX_CAPTION_BYTES and (extension == "json" or is_text(extension)):
         raise Fault("too_many_bytes", f".{extension} has {size}, a caption may have {MAX_CAPTION_BYTES}")
 
 

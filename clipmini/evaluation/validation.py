@@ -99,7 +99,7 @@ def validate(held_out: HeldOut, encoder: Encoder, loss: ContrastiveLoss) -> dict
         for group in range(num_groups):
             rows = slice(group, None, num_groups)
             features = {"image": encoded.features[rows], "text": text[rows]}
-            found = loss(features, scale=model.logit_scale.exp(), bias=model.logit_bias, ids=ids[rows])
-            for name in totals:
-                totals[name] += float(found[name]) * len(ids[rows]) / len(captions)
+            found = loss.compare_views(features, model.logit_scale.exp(), model.logit_bias, {"text": ids[rows]})
+            for name, value in zip(totals, found, strict=True):
+                totals[name] += float(value) * len(ids[rows]) / len(captions)
     return totals

@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 
 from clipmini import config
 from clipmini.console import set_up_logging
-from clipmini.data.captions import Captions
+from clipmini.data.content import Content
 from clipmini.data.counts import count_pairs, read_known_counts
-from clipmini.data.index import PairFormat
 from clipmini.data.locate import locate
 from clipmini.data.manifest import read_sources
 from clipmini.errors import UserError, did_you_mean
@@ -112,21 +111,23 @@ def read_range(given: Sequence[str]) -> tuple[int, int]:
     return first, last
 
 
-def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any]:
-    """Compose the config of `index` and `verify`, and return its checked `data` and the cache."""
+def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any, Content]:
+    """Compose the config of `index` and `verify`, and return its checked `data`, the cache and what makes a pair."""
     if not any(override.startswith("experiment=") for override in overrides):
         overrides = ["experiment=none", *overrides]
     cfg = config.compose("train", overrides)
-    return config.read_node(cfg, "data"), config.build(cfg, "data.cache")
+    data = config.read_node(cfg, "data", skip={"loss": None})
+    keys = ("caption_key", "second_caption_key", "hard_negatives", "extra_views")
+    content = Content.choose(config.build(cfg, "loss"), **{key: data[key] for key in keys})
+    return data, config.build(cfg, "data.cache"), content
 
 
 def index(overrides: Sequence[str]) -> None:
     """Count the pairs of every source anew, and keep that."""
-    data, cache = read_data(overrides)
-    pair_format = PairFormat(Captions.from_key(data["caption_key"], data["hard_negatives"]).extensions)
+    data, cache, content = read_data(overrides)
     for entry in read_sources(data["train"]):
         found = locate(entry.shards, entry.key, cache.remote, allow_pipe=data["allow_pipe"])
-        shards = count_pairs(found, pair_format, cache, entry.key, again=True)
+        shards = count_pairs(found, content.pair_format, cache, entry.key, again=True)
         pairs = sum(shard.num_samples for shard in shards)
         log.info("%s: %s pairs in %s shards", entry.name, f"{pairs:,}", f"{len(shards):,}")
 
@@ -135,14 +136,12 @@ def verify(overrides: Sequence[str]) -> int:
     """Print the defects of every source; 1 if there are any."""
     from clipmini.shards.verify import Rules, find_defects
 
-    data, cache = read_data(overrides)
-    captions = Captions.from_key(data["caption_key"], data["hard_negatives"])
-    rules = Rules(captions, data["max_member_bytes"], data["max_pixels"])
-    pair_format = PairFormat(captions.extensions)
+    data, cache, content = read_data(overrides)
+    rules = Rules(content, data["max_member_bytes"], data["max_pixels"])
     shards = []
     for entry in read_sources(data["train"]):
         found = locate(entry.shards, entry.key, cache.remote, allow_pipe=data["allow_pipe"], keep_missing=True)
-        counts = read_known_counts(found, pair_format, cache)
+        counts = read_known_counts(found, content.pair_format, cache)
         shards += [replace(shard, num_samples=counts[shard.path].num_pairs) for shard in found if shard.path in counts]
         shards += [shard for shard in found if shard.path not in counts]
     causes: Counter[str] = Counter()

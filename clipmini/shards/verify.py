@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from clipmini.data.cache import ShardCache
-from clipmini.data.captions import Captions
+from clipmini.data.content import Content
 from clipmini.data.health import Fault
 from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, Shard, split_name, walk
 from clipmini.data.picture import Picture
@@ -40,14 +40,16 @@ class Defect:
 class Rules:
     """What samples are measured by: the values of `data` in the config."""
 
-    captions: Captions
+    content: Content
     max_member_bytes: int
     max_pixels: int
 
     def is_pair(self, extensions: Collection[str]) -> bool:
         """Say whether members with these extensions are counted as a pair."""
-        has_picture = any(extension in IMAGE_EXTENSIONS for extension in extensions)
-        return has_picture and all(extension in extensions for extension in self.captions.extensions)
+        pair_format = self.content.pair_format
+        pictures = pair_format.image_extensions
+        has_picture = not pictures or any(extension in pictures for extension in extensions)
+        return has_picture and all(extension in extensions for extension in pair_format.caption_extensions)
 
 
 def find_defects(
@@ -126,11 +128,12 @@ def check_names(members: Sequence[Member]) -> Iterator[tuple[str, str]]:
 
 def check_content(file: int, members: Mapping[str, Member], rules: Rules) -> Iterator[tuple[str, str]]:
     """Yield cause and detail of what is wrong with the picture and the captions of a sample."""
-    picture = next((extension for extension in members if extension in IMAGE_EXTENSIONS), None)
-    if picture is None:
+    captions, needs_picture = rules.content.captions, rules.content.num_views > 0
+    picture = next((extension for extension in members if needs_picture and extension in IMAGE_EXTENSIONS), None)
+    if picture is None and needs_picture:
         yield "picture", f"missing, there is only {', '.join(f'.{extension}' for extension in members)}"
     content: dict[str, bytes] = {}
-    for extension in [name for name in members if name in (picture, *rules.captions.extensions)]:
+    for extension in [name for name in members if name in (picture, *captions.extensions)]:
         member = members[extension]
         try:
             check_size(extension, member.size, rules.max_member_bytes)
@@ -141,8 +144,8 @@ def check_content(file: int, members: Mapping[str, Member], rules: Rules) -> Ite
     faults = (
         [] if picture is None or picture not in content else find_picture_faults(content[picture], rules.max_pixels)
     )
-    if not (set(rules.captions.extensions) & set(members)) - set(content):
-        faults += rules.captions.faults(content)
+    if not (set(captions.extensions) & set(members)) - set(content):
+        faults += captions.faults(content)
     yield from ((fault.cause, fault.detail) for fault in faults)
 
 

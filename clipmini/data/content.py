@@ -1,0 +1,102 @@
+"""What of a sample is read: as much as the loss of a run compares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from clipmini.data.captions import SAME, Captions
+from clipmini.data.decode import VIEWS
+from clipmini.data.index import IMAGE_EXTENSIONS, PairFormat
+from clipmini.errors import UserError
+from clipmini.objective import ContrastiveLoss
+
+
+@dataclass(frozen=True)
+class Content:
+    """What of a sample is read.
+
+    Attributes:
+        captions: which of its captions; none if no term of the loss compares captions.
+        num_views: of its picture; 0 if none compares pictures.
+    """
+
+    captions: Captions
+    num_views: int
+
+    @classmethod
+    def choose(
+        cls,
+        loss: ContrastiveLoss,
+        caption_key: str | Mapping[str, float] | None,
+        second_caption_key: str | None,
+        hard_negatives: str | None,
+        extra_views: int | None,
+    ) -> "Content":
+        """Choose what a loss compares, of what the config says of `data`.
+
+        Raises:
+            UserError: it is not there, or there is more than the loss compares.
+        """
+        captions = Captions.from_key(caption_key if loss.needs("text") else None, hard_negatives, second_caption_key)
+        check_captions(loss, captions)
+        return cls(captions, count_views(loss, extra_views))
+
+    @property
+    def pair_format(self) -> PairFormat:
+        """The members of a sample that make a pair."""
+        return PairFormat(self.captions.extensions, IMAGE_EXTENSIONS if self.num_views else ())
+
+
+def count_views(loss: ContrastiveLoss, extra_views: int | None) -> int:
+    """Return how many views of each picture a loss compares.
+
+    Raises:
+        UserError: some would be compared with nothing, or there are not enough.
+    """
+    check_range("extra_views", extra_views, 0, len(VIEWS) - 1)
+    compared, with_text = "image_image" in loss.terms, "image_text" in loss.terms
+    extra = (1 if compared else 0) if extra_views is None else extra_views
+    if not loss.needs("image"):
+        limit, reason = 0, "no term of loss.terms compares pictures"
+    elif not compared:
+        limit, reason = len(VIEWS) - 1 if loss.all_views else 0, "only image_image, or loss.all_views, compares them"
+    else:
+        limit, reason = 2 if with_text else 1, "without image_text nothing compares the first view with another"
+    if extra > limit:
+        raise UserError(f"data.extra_views={extra}: must be at most {limit}, {reason}")
+    if compared and not extra:
+        raise UserError("data.extra_views=0: loss.terms.image_image compares two views: must be 1 or 2, or null")
+    return 1 + extra if loss.needs("image") else 0
+
+
+def check_captions(loss: ContrastiveLoss, captions: Captions) -> None:
+    """See that there are the captions that a loss compares, and no more.
+
+    Raises:
+        UserError: there are not.
+    """
+    terms = [name for name in loss.terms if "text" in name]
+    if terms and not captions.probabilities:
+        raise UserError(
+            f"data.caption_key=null: loss.terms.{terms[0]} compares captions: name where they are, or set "
+            f"{', '.join(f'loss.terms.{name}=null' for name in terms)}"
+        )
+    if "text_text" in terms and captions.second_key is None:
+        raise UserError(
+            "data.second_caption_key=null: loss.terms.text_text compares two captions: name where the second is (the "
+            f"key of a list takes two of it), or {SAME} for two passes of one caption through a tower with dropout"
+        )
+    if captions.second_key is not None and "text_text" not in terms and not loss.all_views:
+        raise UserError(
+            f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
+        )
+
+
+def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Refuse a value out of its range.
+
+    Raises:
+        UserError: it is.
+    """
+    if value is not None and not low <= value <= high:
+        limit = f"from {low:g} to {high:.10g}" if high < float("inf") else f"{low:g} or more"
+        raise UserError(f"data.{name}={value}: must be {limit}, or null where it may be")
