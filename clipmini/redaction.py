@@ -21,7 +21,8 @@ SECRET_WORDS = {
     *("password", "pwd", "secret", "secrets", "signature", "token"),
 }
 SECRET_NAMES = {"storage_options", "client_kwargs", "headers", "connection_string"}
-PUBLIC_NAMES = {"caption_key", "image_key", "label_key"}  # members of samples and columns of tables
+# Members of samples and columns of tables.
+PUBLIC_NAMES = {"caption_key", "second_caption_key", "image_key", "label_key", "group_key"}
 MIN_KNOWN = 6  # characters: shorter values are words of everyday messages too
 
 ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*,[^{}]*\}")  # with a default, which is written out
