@@ -47,6 +47,8 @@ def open_set(entry: SetEntry, *, with_train: bool = False) -> list[Opened]:
         UserError: nothing is there, or something in it is wrong.
     """
     path = Path(entry.path)
+    if (entry.layout or path.suffix) in ("shards", ".tar"):
+        return [open_shards(entry, with_train=with_train)]
     if not path.exists():
         raise UserError(f"datasets={entry.path}: there is no such file or directory")
     layout = entry.layout or find_layout(path)
@@ -153,6 +155,19 @@ def need_train(entry: SetEntry, name: str) -> str:
     return entry.train
 
 
+def open_shards(entry: SetEntry, *, with_train: bool) -> Opened:
+    """Read the labels of shards; the training part must have the same classes.
+
+    Raises:
+        UserError: no `label_key`, or a sample without it.
+    """
+    if entry.label_key is None:
+        raise UserError(f"datasets={entry.path}: label_key must say which key of the .json has the class of a picture")
+    rows, places = wds.read_labelled(entry.path, entry.label_key)
+    name = entry.name or Path(entry.path).stem
+    return open_labels(Path(entry.path), entry, name, rows, places, entry.label_key, with_train=with_train)
+
+
 def open_table(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
     """Read a table: one with labels is for classification, one with captions for retrieval."""
     rows = tables.read_table(path)
@@ -196,7 +211,8 @@ def open_labels(
     dataset = ClassificationSet(name, Pictures(tuple(places)), labels, class_names, prompts, groups, entry.language)
     if not with_train:
         return Opened(dataset)
-    changes: dict[str, Any] = {"layout": "table", "class_names": names, "label_key": label, "group_key": None}
+    layout = "shards" if (entry.layout or path.suffix) in ("shards", ".tar") else "table"
+    changes: dict[str, Any] = {"layout": layout, "class_names": names, "label_key": label, "group_key": None}
     (opened,) = open_set(replace(entry, path=need_train(entry, name), **changes))
     assert isinstance(opened.dataset, ClassificationSet)
     return Opened(dataset, opened.dataset)

@@ -11,7 +11,7 @@ import yaml
 from clipmini.annotations import check_values
 from clipmini.errors import UserError
 
-Layout = Literal["wds", "folder", "table", "sugarcrepe", "winoground"]
+Layout = Literal["wds", "folder", "table", "shards", "sugarcrepe", "winoground"]
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class SetEntry:
 
     Attributes:
         path: a directory in CLIP_benchmark's layout; a directory with a folder for each class; a .csv, .tsv, .jsonl or
-            .parquet; SugarCrepe's .json files; a directory with Winoground's examples.jsonl.
+            .parquet; shards as for training whose .json has `label_key`, a .tar or a pattern of them, or with
+            `layout: shards` a directory; SugarCrepe's .json files; a directory with Winoground's examples.jsonl.
         name: of the set; None takes that of the path.
         layout: None looks at what is there.
         class_names: `imagenet`, a list, a mapping of folders' names, or a file of them.
         templates: `imagenet`, `imagenet_simple`, a list, a mapping of classes to sentences, or a file of them.
         split: of CLIP_benchmark's layout.
-        train: the training part, for probes: a split of CLIP_benchmark's layout, else a path.
+        train: the training part, for probes: a split of CLIP_benchmark's layout, else a path like that of the set.
         images: the directory that pictures' paths are relative to; None takes that of the table.
-        image_key, label_key, caption_key: columns of a table; None looks at the first line.
+        image_key, label_key, caption_key: columns of a table; None looks at the first line. label_key also of a .json.
         group_key: compares groups of pictures: a column, a key of the .json or the number of a column of the .npy.
         language: of the names and templates.
     """

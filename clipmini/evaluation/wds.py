@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, split_name, walk
+from clipmini.data.locate import locate_local
 from clipmini.errors import UserError
 from clipmini.evaluation.sets import ClassificationSet, Pictures, Place, RetrievalSet, read_lines
 
@@ -83,6 +84,24 @@ def read_samples(root: Path, split: str, extension: str) -> list[Sample]:
     if not samples:
         raise UserError(f"{root / split}: {text} shards without a single picture with .{extension}")
     return samples
+
+
+def read_labelled(shards: str, label_key: str) -> tuple[list[dict[str, Any]], list[Place]]:
+    """Read the labels of plain shards: rows with `label_key`, and the pictures.
+
+    Args:
+        shards: as in `data.train`, on this machine.
+
+    Raises:
+        UserError: a shard is missing or damaged, or a sample has no such label.
+    """
+    rows: list[dict[str, Any]] = []
+    places: list[Place] = []
+    for shard in locate_local(shards, "datasets"):
+        for sample in read_shard(Path(shard.path), "json"):
+            rows.append({label_key: read_group(sample, label_key, "label_key")})
+            places.append(sample.place)
+    return rows, places
 
 
 def read_shard(path: Path, extension: str) -> Iterator[Sample]:
@@ -182,8 +201,8 @@ def read_vector(sample: Sample, num_classes: int) -> np.ndarray:
     return vector.astype(np.uint8)
 
 
-def read_group(sample: Sample, key: str) -> str:
-    """Read the group of a picture: a key of its .json, or the number of a column of its .npy.
+def read_group(sample: Sample, key: str, at: str = "group_key") -> str:
+    """Read the group of a picture, or its label: a key of its .json, or the number of a column of its .npy.
 
     Raises:
         UserError: it has none.
@@ -199,7 +218,7 @@ def read_group(sample: Sample, key: str) -> str:
             raise UserError(f"{sample.where}.json: {error}") from error
         found = metadata.get(key) if isinstance(metadata, dict) else None
     if found is None:
-        raise UserError(f"{sample.where}: group_key={key} is no key of its .json and no column of its .npy")
+        raise UserError(f"{sample.where}: {at}={key} is no key of its .json and no column of its .npy")
     return str(found)
 
 
