@@ -147,11 +147,11 @@ class OwnPatchDropout(PatchDropout):
         return torch.cat([first, patches[torch.arange(batch, device=x.device)[:, None], kept]], dim=1)
 
 
-def adopt_blocks(visual: nn.Module, text: nn.Module | None, *, is_causal: bool) -> None:
+def adopt_blocks(visual: nn.Module | None, text: nn.Module | None, *, is_causal: bool) -> None:
     """Have the blocks of open_clip's own towers compute as those here do.
 
     Args:
-        visual: the image tower.
+        visual: the image tower, if there is one.
         text: what holds the blocks of the text tower, if they are open_clip's.
         is_causal: whether the text tower's mask is the causal one and nothing else.
     """

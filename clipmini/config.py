@@ -95,7 +95,13 @@ class EvaluationConfig:
     datasets: list[Any] = field(default_factory=list)
     batch_size: int = MISSING
     precision: str = MISSING
+    probes: list[str] = MISSING
+    probe_features: str = MISSING
+    knn_k: int = MISSING
+    knn_temperature: float = MISSING
+    l2: float | None = MISSING
     bootstrap_resamples: int = MISSING
+    at_start: bool = MISSING
     every_n_steps: int | None = MISSING
     best_metric: str | None = MISSING
     weights: str = MISSING

@@ -23,7 +23,7 @@ from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
 from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
-from clipmini.evaluation.tasks import Protocol, check_protocol
+from clipmini.evaluation.tasks import check_protocol, check_towers, make_protocol
 from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model
 from clipmini.watch import watch
@@ -102,23 +102,10 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
         evaluate_once(options, evaluator, device)
 
 
-def make_protocol(options: dict[str, Any]) -> Protocol:
-    """Take what decides numbers from the config."""
-    return Protocol(
-        probes=tuple(options["probes"]),
-        probe_features=options["probe_features"],
-        knn_k=options["knn_k"],
-        knn_temperature=options["knn_temperature"],
-        l2=options["l2"],
-        shuffled=options["shuffled"],
-        seed=options["seed"],
-        resamples=options["bootstrap_resamples"],
-    )
-
-
 def evaluate_once(options: dict[str, Any], evaluator: Evaluator, device: torch.device) -> None:
     """Evaluate one model and print what was found."""
     source = load_model(options["model"], architecture=options["architecture"], weights=options["weights"])
+    check_towers(evaluator.opened, source.model, evaluator.protocol)
     tokenize = source.tokenizer()
     output = Path(options["output"])
     cache = FeatureCache(Path(options["cache"])) if options["cache"] else None

@@ -40,6 +40,7 @@ class Evaluation(Callback):
         held_out: pairs for the validation loss, or None.
         tokenize: of the model.
         output: the run's file of results; a row for each set and step.
+        at_start: whether the weights that training begins with are evaluated too.
         every_n_steps: n; None evaluates at the end only.
         best_metric: `val/loss` or SET/METRIC, by which `best` is saved, or None.
         best: where.
@@ -56,6 +57,7 @@ class Evaluation(Callback):
         tokenize: Tokenize,
         *,
         output: Path,
+        at_start: bool,
         every_n_steps: int | None,
         best_metric: str | None,
         best: Path,
@@ -73,6 +75,7 @@ class Evaluation(Callback):
         self.held_out = held_out
         self.tokenize = tokenize
         self.output = output
+        self.at_start = at_start
         self.every_n_steps = every_n_steps
         self.best_metric = best_metric
         self.best = best
@@ -91,6 +94,9 @@ class Evaluation(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # what a resumed run does again is written again
             keep_rows(self.output, lambda row: (row.get("step") or 0) <= trainer.global_step)
+        if self.at_start and trainer.global_step == 0:
+            assert isinstance(module, ClipModule)
+            self.evaluate(trainer, module, 0)
         if trainer.global_step > self.evaluated_step:  # given up before the run was stopped
             self.evaluate_if_due(trainer, module)
 
@@ -143,7 +149,8 @@ class Evaluation(Callback):
             if scalars:
                 logger.log_metrics(scalars, step)
                 logger.save()
-        self.save_if_best(trainer, scalars, step)
+        if step > 0:  # a run has no checkpoint of what it begins with
+            self.save_if_best(trainer, scalars, step)
         return True
 
     def measure(self, trainer: pl.Trainer, loss: ContrastiveLoss, encoder: Encoder, step: int) -> dict[str, float]:

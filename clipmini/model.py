@@ -4,40 +4,31 @@ Shapes: b pictures or captions, S pixels, L tokens, D embedding width.
 """
 
 import contextlib
+import functools
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import (
-    CLIP,
-    CustomTextCLIP,
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-    set_model_preprocess_cfg,
-)
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from clipmini import towers
 from clipmini.architecture import check_timm_name, read_architecture
 from clipmini.blocks import Block, adopt_blocks, run_blocks
 from clipmini.errors import UserError
 from clipmini.lengths import split
-
-Model: TypeAlias = CLIP | CustomTextCLIP  # the only two kinds of object that are trained
+from clipmini.one_tower import Model, OneTower, Towers, text_tower
+from clipmini.towers import check_learning, lock
+from clipmini.weights import start_from
 
 
 def create_model(
@@ -59,6 +50,7 @@ def create_model(
     image_size: int | None = None,
     init_scale: float,
     init_bias: float | None,
+    towers: Towers = "both",
 ) -> Model:
     """Create an open_clip model.
 
@@ -72,31 +64,29 @@ def create_model(
         image_size: pixels; null takes the model's own.
         init_scale: what similarities are multiplied with at the start.
         init_bias: what is added to them; None makes a model without a bias.
+        towers: that it has.
 
     Returns:
-        A `CLIP` or `CustomTextCLIP` whose state_dict loads in open_clip. Two attributes are added: `architecture`, its
-        JSON, and `visual.pixel_mean` and `pixel_std`, buffers [3, 1, 1] outside the state_dict.
+        A `CLIP`, `CustomTextCLIP` or `OneTower`. Two attributes are added: `architecture`, its JSON, and
+        `visual.pixel_mean` and `pixel_std`, buffers [3, 1, 1] outside the state_dict.
 
     Raises:
         UserError: an unknown name, tag or field, or layers to lock that are not there.
     """
     changes: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     architecture = read_architecture(name=name, start=None if start is None else start.architecture, **changes)
-    if patch_dropout is not None:
-        architecture["vision_cfg"]["patch_dropout"] = patch_dropout
-    if image_size is not None:
-        architecture["vision_cfg"]["image_size"] = image_size
+    changed = {"patch_dropout": patch_dropout, "image_size": image_size}
+    architecture["vision_cfg"] |= {name: value for name, value in changed.items() if value is not None}
     architecture.pop("init_logit_bias", None)
-    if init_bias is not None:
-        architecture["init_logit_bias"] = init_bias
     architecture["init_logit_scale"] = float(torch.tensor(init_scale).log())
-    model = create_from_architecture(architecture)
-    set_preprocess(model, asdict(PreprocessCfg()) if start is None else start.visual.preprocess_cfg)
+    architecture |= {} if init_bias is None else {"init_logit_bias": init_bias}
+    model = create_from_architecture(architecture, towers)
+    set_preprocess(model, preprocess_cfg(start))
     if start is not None:
         start_from(model, start, f"model.pretrained={pretrained}")
-    towers.lock(model, "image", lock_image, lock_image_unlocked_groups, freeze_bn_stats=lock_image_freeze_bn_stats)
-    towers.lock(model, "text", lock_text, lock_text_unlocked_layers, freeze_layer_norm=lock_text_freeze_layer_norm)
-    towers.check_learning(model)
+    lock(model, "image", lock_image, lock_image_unlocked_groups, freeze_bn_stats=lock_image_freeze_bn_stats)
+    lock(model, "text", lock_text, lock_text_unlocked_layers, freeze_layer_norm=lock_text_freeze_layer_norm)
+    check_learning(model)
     if grad_checkpointing:
         recompute_activations(model)
     return model
@@ -110,8 +100,8 @@ def recompute_activations(model: Model) -> None:
         tower.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def create_from_architecture(architecture: dict[str, Any]) -> Model:
-    """Make the object that open_clip makes of this JSON, with random weights.
+def create_from_architecture(architecture: dict[str, Any], towers: Towers = "both") -> Model:
+    """Make the object that open_clip makes of this JSON, or one tower of it, with random weights.
 
     Raises:
         UserError: values that open_clip cannot use, or an image size that it could not load again.
@@ -120,7 +110,8 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
     is_hugging_face = "hf_model_name" in options["text_cfg"]
     if is_hugging_face:
         options["text_cfg"].setdefault("hf_model_pretrained", False)
-    model_class = CustomTextCLIP if is_hugging_face or architecture.get("custom_text") else CLIP
+    whole = CustomTextCLIP if is_hugging_face or architecture.get("custom_text") else CLIP
+    model_class = whole if towers == "both" else functools.partial(OneTower, towers)
     check_timm_name(options["vision_cfg"].get("timm_model_name"))
     try:
         model = model_class(**options)
@@ -140,21 +131,29 @@ def create_from_architecture(architecture: dict[str, Any]) -> Model:
     model.architecture = architecture
     text = text_tower(model)
     adopt_blocks(model.visual, None if is_hugging_face else text, is_causal=padding(model) is not None)
-    # Convolutions are faster with the channels last; to a transformer it makes no difference.
-    model.visual.to(memory_format=torch.channels_last)
+    if model.visual is not None:
+        # Convolutions are faster with the channels last; to a transformer it makes no difference.
+        model.visual.to(memory_format=torch.channels_last)
     return model
 
 
 def set_preprocess(model: Model, preprocess: Mapping[str, Any]) -> None:
     """Tell a model how its pictures are prepared: open_clip's preprocess_cfg, and buffers with mean and std."""
+    if model.visual is None:
+        return
     set_model_preprocess_cfg(model, {**preprocess, "size": model.visual.image_size})
     for buffer, values in (("pixel_mean", preprocess["mean"]), ("pixel_std", preprocess["std"])):
         model.visual.register_buffer(buffer, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
 
+def preprocess_cfg(model: Model | None) -> dict[str, Any]:
+    """Return how a model's pictures are prepared, by default where it has none."""
+    return asdict(PreprocessCfg()) if model is None or model.visual is None else model.visual.preprocess_cfg
+
+
 def image_size(model: Model) -> int:
-    """Return the side of a model's pictures in pixels; open_clip's towers have one number or two."""
-    size = model.visual.image_size
+    """Return the side of a model's pictures in pixels, 0 where it takes none; open_clip has one number or two."""
+    size = 0 if model.visual is None else model.visual.image_size
     return size if isinstance(size, int) else size[0]
 
 
@@ -165,11 +164,11 @@ def count_parameters(model: Model) -> int:
 
 def open_clip_config(model: Model) -> dict[str, Any]:
     """Return the content of open_clip's `open_clip_config.json`."""
-    return {"model_cfg": model.architecture, "preprocess_cfg": model.visual.preprocess_cfg}
+    return {"model_cfg": model.architecture, "preprocess_cfg": preprocess_cfg(model)}
 
 
-def create_from_open_clip_config(config: Mapping[str, Any]) -> Model:
-    """Make the model of an `open_clip_config.json`, with random weights.
+def create_from_open_clip_config(config: Mapping[str, Any], towers: Towers = "both") -> Model:
+    """Make the model of an `open_clip_config.json`, or one tower of it, with random weights.
 
     Raises:
         UserError: it is none, or open_clip cannot make it.
@@ -179,68 +178,9 @@ def create_from_open_clip_config(config: Mapping[str, Any]) -> Model:
         raise UserError("open_clip_config.json: model_cfg needs embed_dim, vision_cfg and text_cfg")
     if "multimodal_cfg" in architecture:
         raise UserError("open_clip_config.json: captioning models (CoCa) are not supported")
-    model = create_from_architecture(architecture)
+    model = create_from_architecture(architecture, towers)
     set_preprocess(model, merge_preprocess_dict(asdict(PreprocessCfg()), config.get("preprocess_cfg") or {}))
     return model
-
-
-def start_from(model: Model, start: Model, at: str) -> None:
-    """Load the weights of another model; positions are interpolated to a new number of patches or tokens.
-
-    A bias of the logits that only one of the two has is left out, or stays as it was made.
-
-    Raises:
-        UserError: names or shapes are not those of the model; says which.
-    """
-    weights = dict(start.state_dict())
-    if "positional_embedding" in weights and isinstance(model, CustomTextCLIP):
-        weights = convert_to_custom_text_state_dict(weights)
-    resize_pos_embed(weights, model)
-    if not isinstance(text_tower(model), HFTextEncoder):
-        resize_text_pos_embed(weights, model)
-    weights.pop("logit_bias", None)
-    if model.logit_bias is not None:
-        bias = start.logit_bias if start.logit_bias is not None else model.logit_bias
-        weights["logit_bias"] = bias.detach().reshape(model.logit_bias.shape)
-    weights["logit_scale"] = weights["logit_scale"].reshape(model.logit_scale.shape)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{at} does not fit: {tell_differences(error)}") from error
-
-
-def download_pretrained(tag: dict[str, Any], at: str) -> str:
-    """Return the file of weights of one of open_clip's tags, from its cache or the network.
-
-    Raises:
-        UserError: it is in neither.
-    """
-    try:
-        return open_clip.download_pretrained(tag)
-    except Exception as error:  # of any of the libraries that fetch
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise UserError(f"{at}: open_clip has no such weights in its cache and cannot fetch them: {reason}") from error
-
-
-def load_weights(model: Model, path: str | Path, at: str) -> None:
-    """Load a file of weights, in any form that open_clip reads; no code in it is run.
-
-    Raises:
-        UserError: it cannot be read, or its names or shapes are not those of the model; says which.
-    """
-    try:
-        open_clip.load_checkpoint(model, str(path))
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{at}: {tell_differences(error)}") from error
-    except Exception as error:  # of pickle, zipfile, safetensors: damage has no common class
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise UserError(f"{at}: {path} cannot be read as weights: {reason}") from error
-
-
-def tell_differences(error: Exception) -> str:
-    """Tell in one line which names and shapes of weights torch found to differ, the first of them."""
-    lines = [textwrap.shorten(line, 300, placeholder=" ...") for line in str(error).splitlines() if line]
-    return "; ".join(lines[:8])
 
 
 def synchronize_batch_norm(model: Model) -> Model:
@@ -318,11 +258,6 @@ def without_projection(visual: nn.Module) -> Iterator[None]:
         setattr(visual, name, projection)
 
 
-def text_tower(model: Model) -> CLIP | TextTransformer | HFTextEncoder:
-    """Return what holds the layers of the text tower: open_clip's CLIP does so itself."""
-    return model if isinstance(model, CLIP) else model.text
-
-
 def encode_text(model: Model, text: Tensor, lengths: np.ndarray | None = None) -> Tensor:
     """Encode captions: int64 [b, L] to unit vectors [b, D]; L may be shorter than the context, see `padding`.
 
@@ -371,6 +306,8 @@ def padding(model: Model) -> int | None:
     tower, where padding is masked. Other towers look at all their tokens.
     """
     tower = text_tower(model)
+    if tower is None:
+        return None
     if isinstance(tower, HFTextEncoder):
         return tower.config.pad_token_id
     if isinstance(tower, TextTransformer) and (tower.cls_emb is not None or tower.use_pad_mask):

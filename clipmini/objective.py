@@ -12,6 +12,7 @@ from clipmini.errors import UserError, did_you_mean
 from clipmini.head import HeadOptions
 from clipmini.losses import info_nce, siglip
 from clipmini.nt_xent import nt_xent
+from clipmini.one_tower import Towers
 from clipmini.tiles import Duplicates, check_block_size
 
 TERMS = {"image_text": ("image", "text"), "image_image": ("image",), "text_text": ("text",)}  # towers of kinds of pairs
@@ -78,6 +79,11 @@ class ContrastiveLoss(nn.Module):
         return any(tower in TERMS[name] for name in self.terms)
 
     @property
+    def towers(self) -> Towers:
+        """The towers whose features any term compares."""
+        return "both" if self.needs("image") and self.needs("text") else "image" if self.needs("image") else "text"
+
+    @property
     def needs_head(self) -> bool:
         """Whether views are compared by more than the embeddings."""
         return "image_image" in self.terms and self.head_options.layers > 0
@@ -114,19 +120,31 @@ class ContrastiveLoss(nn.Module):
         assert (bias is None) == (self.kind == "infonce")
         results = {}
         for name in self.terms:
-            temperature = self.temperatures.get(name)
-            of_term = scale if temperature is None else scale.new_full((), 1 / temperature)
+            of_term = self.scale_of(name, scale)
             if name == "image_image":
                 results[name] = nt_xent(features["view"], features["view_2"], of_term, block_size=self.block_size)
             elif name == "text_text":
-                pair = features["text"], features["text_2"]
-                results[name] = self.compare(*pair, of_term, bias, ids.get("text"))
+                results[name] = self.compare(features["text"], features["text_2"], of_term, bias, ids.get("text"))
             else:
                 results[name] = self.compare_views(features, of_term, bias, ids)
         losses = {f"loss_{name}": loss for name, (loss, _) in results.items()}
         total = sum(weight * loss for weight, loss in zip(self.terms.values(), losses.values(), strict=True))
         parts = {name: loss.detach() for name, loss in losses.items()} if len(losses) > 1 else {}
         return {"loss": total, "accuracy": next(iter(results.values()))[1], **parts}
+
+    def scale_of(self, term: str, scale: Tensor) -> Tensor:
+        """Return what similarities of a term are multiplied with: its own, or the model's."""
+        temperature = self.temperatures.get(term)
+        return scale if temperature is None else scale.new_full((), 1 / temperature)
+
+    def compare_captions(
+        self, features: Mapping[str, Tensor], scale: Tensor, bias: Tensor | None, ids: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the one term that judges held-out pairs: pictures with captions or, without that, two captions."""
+        if "image_text" in self.terms:
+            return self.compare_views(features, scale, bias, ids)
+        scale = self.scale_of("text_text", scale)
+        return self.compare(features["text"], features["text_2"], scale, bias, ids["text"])
 
     def compare_views(
         self, features: Mapping[str, Tensor], scale: Tensor, bias: Tensor | None, ids: Mapping[str, Tensor]

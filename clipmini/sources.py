@@ -21,15 +21,9 @@ from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoin
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import AVERAGE, check_weights
 from clipmini.errors import UserError, did_you_mean
-from clipmini.model import (
-    Model,
-    create_from_architecture,
-    create_from_open_clip_config,
-    download_pretrained,
-    load_weights,
-    set_preprocess,
-    text_tower,
-)
+from clipmini.model import create_from_architecture, create_from_open_clip_config, set_preprocess
+from clipmini.one_tower import Model, Towers, named_towers, text_tower
+from clipmini.weights import download_pretrained, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +60,8 @@ class Source:
             UserError: it does not go with the model.
         """
         tokenize = create_tokenizer(self.model.architecture)
-        check_tokenizer(self.model, tokenize)
+        if text_tower(self.model) is not None:
+            check_tokenizer(self.model, tokenize)
         return tokenize
 
 
@@ -145,11 +140,10 @@ def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
         UserError: it cannot be read, has no average, or does not fit.
     """
     content = read_checkpoint(path)
-    model = create_described(content["open_clip_config"], f"model={path}")
-    prefix = "model."
     # A head of views is in it too, and no part of the model.
-    state = content["state_dict"].items()
+    prefix, state = "model.", content["state_dict"].items()
     values = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
+    model = create_described(content["open_clip_config"], f"model={path}", named_towers(values))
     if weights == "average":
         if AVERAGE not in content:
             raise UserError(f"model={path}: weights=average: there is none in it, the run had ema.decay=null")
@@ -191,8 +185,8 @@ def tell(error: Exception) -> str:
     return (str(error).split(" In PyTorch 2.6")[0].splitlines() or [type(error).__name__])[0]
 
 
-def create_described(config: Any, at: str) -> Model:
-    """Make the model of an `open_clip_config.json`.
+def create_described(config: Any, at: str, towers: Towers) -> Model:
+    """Make the model of an `open_clip_config.json`, with those of its towers that there are weights of.
 
     Raises:
         UserError: it is none.
@@ -200,7 +194,7 @@ def create_described(config: Any, at: str) -> Model:
     if not isinstance(config, Mapping):
         raise UserError(f"{at}: {CONFIG_FILE} holds no mapping")
     try:
-        return create_from_open_clip_config(config)
+        return create_from_open_clip_config(config, towers)
     except UserError as error:
         raise UserError(f"{at}: {error}") from error
 
@@ -212,8 +206,9 @@ def load_directory(directory: Path) -> Source:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model={directory}: {file} cannot be read: {error}") from error
-    model = create_described(config, f"model={directory}")
     weights = open_clip.factory._find_checkpoint_in_dir(directory)
+    towers: Towers = "both" if weights is None else named_towers(list_names(Path(weights)))
+    model = create_described(config, f"model={directory}", towers)
     if weights is None:
         raise UserError(f"model={directory}: no weights in it (open_clip_model.safetensors)")
     load_weights(model, weights, f"model={directory}: {Path(weights).name} does not fit {CONFIG_FILE}")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipmini.errors import UserError
+from clipmini.one_tower import check_has, towers_of
 
 Kind: TypeAlias = Literal["image", "text"]
 Layers: TypeAlias = list[list[str]]  # names of parameters by layer, from the input to the output
@@ -117,6 +118,7 @@ def lock(
         raise UserError(f"{option}, but nothing is locked: set model.lock_{kind}=true")
     if not is_locked:
         return
+    check_has(model, kind, f"model.lock_{kind}=true")
     layers = list_layers(model, kind) if unlocked else [list_names(model, kind)[0]]
     if not 0 <= unlocked < len(layers):
         raise UserError(
@@ -130,14 +132,16 @@ def lock(
         freeze_statistics(model.visual)
 
 
-def check_learning(model: nn.Module) -> None:
+def check_learning(model: CLIP | CustomTextCLIP) -> None:
     """See that something is left to train.
 
     Raises:
-        UserError: both towers are locked as a whole.
+        UserError: all towers that there are, are locked as a whole.
     """
     if not any(value.requires_grad for name, value in model.named_parameters() if not name.startswith("logit_")):
-        raise UserError("model.lock_image=true and model.lock_text=true leave nothing to train but the scale")
+        kinds = ("image", "text") if (towers := towers_of(model)) == "both" else (towers,)
+        locked = " and ".join(f"model.lock_{kind}=true" for kind in kinds)
+        raise UserError(f"{locked} leave nothing to train but the scale")
 
 
 def list_layer_norms(model: nn.Module) -> set[str]:
@@ -188,6 +192,7 @@ def decay_learning_rates(model: CLIP | CustomTextCLIP, decays: Mapping[Kind, flo
         if not 0 < decay <= 1:
             raise UserError(f"layer_decay.{kind}={decay}: must be above 0 and at most 1")
         if decay < 1:
+            check_has(model, kind, f"layer_decay.{kind}={decay}")
             _, head = list_names(model, kind)
             layers = list_layers(model, kind)
             shares |= share_by_layer([*layers, head] if head else layers, decay)

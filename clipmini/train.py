@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 import clipmini
 from clipmini import launch
@@ -23,6 +24,7 @@ from clipmini.cluster import signals
 from clipmini.cluster.hangs import explain_lost_process, record_collectives
 from clipmini.config import build, build_all, check_all
 from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
+from clipmini.data.captions import SAME
 from clipmini.data.health import read_causes
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
@@ -32,7 +34,7 @@ from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import log_results
-from clipmini.evaluation.tasks import Protocol
+from clipmini.evaluation.tasks import check_towers, make_protocol
 from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
 from clipmini.export.open_clip_directory import export_open_clip
@@ -46,6 +48,7 @@ from clipmini.model import (
     width_before_projection,
 )
 from clipmini.module import ClipModule
+from clipmini.one_tower import Model, text_tower
 from clipmini.redaction import redact
 from clipmini.sources import EXPORTED, load_start
 from clipmini.towers import decay_learning_rates
@@ -87,15 +90,16 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     config = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
     newest = resume.find_checkpoint(run, config)
     datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
-    opened = open_sets(read_entries(datasets, "evaluation.datasets"))
+    opened = open_sets(read_entries(datasets, "evaluation.datasets"), with_train=bool(cfg.evaluation.probes))
     data = build_data(cfg, processes)
     pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
     module = build_module(cfg, config, processes, total_steps)
     tokenize = create_tokenizer(module.model.architecture)
+    check_second_pass(data, module.model)
     size = image_size(module.model)
     data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
-    evaluation = build_evaluation(cfg, opened, data, tokenize, run)
+    evaluation = build_evaluation(cfg, opened, data, module.model, tokenize, run)
     trainer = build_trainer(cfg, processes, total_steps, evaluation)
     if newest:
         resume.check_same_model(open_clip_config(module.model), newest)
@@ -158,7 +162,7 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     loss = build(cfg, "loss")
     start = load_start(cfg.model.pretrained, cfg.model.name).model if cfg.model.pretrained else None
     given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
-    model = build(cfg, "model", start=start, **given)
+    model = build(cfg, "model", start=start, towers=loss.towers, **given)
     del start
     if loss.needs_head:
         loss.add_head(width_before_projection(model))
@@ -194,7 +198,7 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
 
 
 def build_evaluation(
-    cfg: DictConfig, opened: list[Opened], data: ImageTextData, tokenize: Tokenize, run: Path
+    cfg: DictConfig, opened: list[Opened], data: ImageTextData, model: Model, tokenize: Tokenize, run: Path
 ) -> Evaluation:
     """Make what evaluates the run while it trains, and at its end.
 
@@ -205,17 +209,18 @@ def build_evaluation(
     check_weights(options.weights, "evaluation.weights")
     if options.weights == "average" and cfg.ema.decay is None:
         raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
-    protocol = Protocol(seed=cfg.seed, resamples=options.bootstrap_resamples)
+    protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False})
+    check_towers(opened, model, protocol)
     held_out = None
     if data.held_out is not None:
-        held_out = read_held_out(
-            data.held_out, data.store, data.content.captions, seed=cfg.seed, group_size=cfg.batch_size
-        )
+        known = {"seed": cfg.seed, "group_size": cfg.batch_size, "max_bad_fraction": data.max_bad_fraction}
+        held_out = read_held_out(data.held_out, data.store, data.content, **known)
     return Evaluation(
         Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision),
         held_out,
         tokenize,
         output=run / "results.jsonl",
+        at_start=options.at_start,
         every_n_steps=options.every_n_steps,
         best_metric=options.best_metric,
         best=run / "checkpoints" / disk.BEST,
@@ -299,12 +304,34 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
             "run": f"{cfg.name} in {cfg.paths.run}",
             "recipe": f"experiment={experiment}, and what was overridden",
             "device": f"{trainer.world_size} x {device}, {trainer.precision}",
-            "model": f"{name}, {millions:.1f} M parameters, {image_size(module.model)} px",
+            "model": f"{name}, {millions:.1f} M parameters, {describe_inputs(module.model)}",
             "samples": f"{pairs:,} pairs ({sources})",
             "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
             "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",
         }
     )
+
+
+def describe_inputs(model: Model) -> str:
+    """Say what a model takes: the size of its pictures, and that it takes no captions, or captions only."""
+    size = image_size(model)
+    return "captions only" if not size else f"{size} px" + (", pictures only" if text_tower(model) is None else "")
+
+
+def check_second_pass(data: ImageTextData, model: Model) -> None:
+    """See that two passes of one caption differ.
+
+    Raises:
+        UserError: the text tower has no dropout.
+    """
+    if data.content.captions.second_key != SAME:
+        return
+    layers = (layer for layer in model.text.modules() if isinstance(layer, nn.Dropout)) if model.text else ()
+    if not any(layer.p > 0 for layer in layers):
+        raise UserError(
+            f"data.second_caption_key={SAME}: the text tower has no dropout, so that two passes of a caption are the "
+            "same: take one that has (model.text_cfg.hf_model_name), or another caption"
+        )
 
 
 def log_health(quarantine: Path, samples_seen: int) -> None:

@@ -1,6 +1,7 @@
 """Evaluation while training: changes nothing of the run, survives a resume, keeps the best."""
 
 import csv
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def test_wrong_values(
 def validation(model: str, shards: str, cache: str, batch_size: int, **options: Any) -> dict[str, float]:
     data = make_data(shards, make_cache(Path(cache)))
     held_out = read_held_out(
-        data.manifest, data.store, data.content.captions, seed=0, group_size=options.get("group_size", 16)
+        data.manifest, data.store, data.content, seed=0, group_size=options.get("group_size", 16), max_bad_fraction=0.01
     )
     encoder = make_encoder(make_model(model), batch_size=batch_size, num_workers=options.get("num_workers", 0))
     return validate(held_out, encoder, make_objective(duplicates="mask"))
@@ -154,10 +155,10 @@ def validation(model: str, shards: str, cache: str, batch_size: int, **options: 
 def test_the_validation_loss_equals_a_loop(tiny_json: Path, shards: Path, tmp_path: Path) -> None:
     found = validation(str(tiny_json), str(shards), str(tmp_path), 8)
     data, model, loss = make_data(str(shards), make_cache(tmp_path)), make_model(str(tiny_json)), make_objective()
-    held_out = read_held_out(data.manifest, data.store, data.content.captions, seed=0, group_size=16)
-    assert len(held_out) == 64 and len(set(held_out.captions)) == 64
+    held_out = read_held_out(data.manifest, data.store, data.content, seed=0, group_size=16, max_bad_fraction=0.01)
+    assert len(held_out) == 64 and len(set(held_out.captions["text"])) == 64
     encoder = make_encoder(model)
-    image, text = encoder.pictures(held_out).features.double(), encoder.texts(held_out.captions).double()
+    image, text = encoder.pictures(held_out).features.double(), encoder.texts(held_out.captions["text"]).double()
     total = 0.0
     for group in range(4):
         logits = model.logit_scale.exp() * image[group::4] @ text[group::4].T
@@ -165,7 +166,7 @@ def test_the_validation_loss_equals_a_loop(tiny_json: Path, shards: Path, tmp_pa
         total += float(torch.nn.functional.cross_entropy(logits, target))
         total += float(torch.nn.functional.cross_entropy(logits.T, target))
     assert found["loss"] == pytest.approx(total / 8, rel=1e-5)
-    assert loss.duplicates == "ignore" and len(set(caption_ids(held_out.captions).tolist())) == 64
+    assert loss.duplicates == "ignore" and len(set(caption_ids(held_out.captions["text"]).tolist())) == 64
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -186,7 +187,7 @@ def test_the_validation_loss_is_the_same_for_any_processes(tiny_json: Path, shar
 def test_remote_pairs_are_open_only_while_they_are_read(shards: Path, tmp_path: Path) -> None:
     with serve(shards) as server:
         data = make_data(f"{server.url}/a.tar", make_cache(tmp_path))
-        held_out = read_held_out(data.manifest, data.store, data.content.captions, seed=0, group_size=4)
+        held_out = read_held_out(data.manifest, data.store, data.content, seed=0, group_size=4, max_bad_fraction=0.01)
         assert len(held_out) == 30 and not data.store.files
         assert held_out.read(3) and len(data.store.files) == 1
 
@@ -197,10 +198,10 @@ def test_each_pair_has_the_same_caption_every_time(tmp_path: Path) -> None:
         sample["json"] = json.dumps({"captions": [f"{number} {word}" for word in "abcde"]}).encode()
     write_tar(tmp_path / "a.tar", samples)
     data = make_data(str(tmp_path / "a.tar"), make_cache(tmp_path), caption_key="captions")
-    found = [
-        read_held_out(data.manifest, data.store, data.content.captions, seed=s, group_size=4).captions
-        for s in (0, 0, 1)
-    ]
+    read = functools.partial(
+        read_held_out, data.manifest, data.store, data.content, group_size=4, max_bad_fraction=0.01
+    )
+    found = [read(seed=seed).captions["text"] for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     assert len({caption.split()[1] for caption in found[0]}) > 2
 
@@ -210,5 +211,8 @@ def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
     samples[3]["txt"] = b" "
     write_tar(tmp_path / "a.tar", samples)
     data = make_data(str(tmp_path / "a.tar"), make_cache(tmp_path))
-    with pytest.raises(UserError, match=r"data.val: 1 of 30 captions cannot be used, more than 1%: .*a.tar.*blank"):
-        read_held_out(data.manifest, data.store, data.content.captions, seed=0, group_size=4)
+    with pytest.raises(
+        UserError,
+        match=r"data.val: 1 of 30 captions cannot be used, more than data.max_bad_fraction=0.01 allows: .*a.tar.*blank",
+    ):
+        read_held_out(data.manifest, data.store, data.content, seed=0, group_size=4, max_bad_fraction=0.01)

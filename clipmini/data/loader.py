@@ -183,7 +183,7 @@ class ImageTextData(pl.LightningDataModule):
         shuffle_block: samples of such a part that are shuffled at a time.
         max_member_bytes: larger members of shards are refused.
         max_pixels: larger pictures are refused.
-        max_bad_fraction: of the last 10,000 samples; more stop the run.
+        max_bad_fraction: of the last 10,000 samples; more stop the run; also of the captions of `val`.
         num_workers: loader processes of each rank; null takes the cores there are, less one for training.
         start_method: of the workers: fork, forkserver, spawn, or null for Python's own.
         prefetch_factor: batches that each worker has ready.
@@ -245,6 +245,7 @@ class ImageTextData(pl.LightningDataModule):
         self.view_augmentation = view_augmentation or augmentation
         self.draft = draft
         self.max_pixels = max_pixels
+        self.max_bad_fraction = max_bad_fraction
         self.num_workers = default_num_workers(num_cores) if num_workers is None else num_workers
         self.start_method = start_method
         self.prefetch_factor = prefetch_factor

@@ -17,7 +17,7 @@ from clipmini.evaluation.encoder import PRECISIONS, Encoder
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
-from clipmini.model import Model, image_size
+from clipmini.model import Model, image_size, preprocess_cfg
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Evaluator:
         is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Encoder:
         """Make what encodes with a model, which must be on the device; see `Encoder`."""
-        preprocess = model.visual.preprocess_cfg
+        preprocess = preprocess_cfg(model)
         size = image_size(model)
         transform = EvaluationTransform(size, preprocess["resize_mode"], preprocess["interpolation"])
         options = (self.batch_size, self.num_workers, device, self.precision, cache, is_asked_to_stop)
@@ -109,6 +109,6 @@ class Evaluator:
             [part.content() for part in parts],
             [[place.key, place.size] for part in parts for place in part.pictures.places],
             asdict(self.protocol),
-            [self.precision, repr(encoder.transform), encoder.model.visual.preprocess_cfg],
+            [self.precision, repr(encoder.transform), preprocess_cfg(encoder.model)],
             encoder.model.architecture,
         )

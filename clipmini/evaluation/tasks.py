@@ -1,6 +1,6 @@
 """What is measured on a set: zero-shot classification, retrieval, choices, and probes of the picture features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from clipmini.evaluation.prompts import Prompts
 from clipmini.evaluation.retrieval import rank_pairs
 from clipmini.evaluation.sets import ChoiceSet, ClassificationSet, RetrievalSet
 from clipmini.evaluation.similarity import similarity, similarity_of_pairs
+from clipmini.one_tower import Model, check_has, text_tower
 
 PROBES = ("knn", "linear_probe")
 CHUNK = 4096  # pictures whose similarities to all classes are in memory
@@ -78,8 +79,35 @@ def measure(opened: Opened, encoder: Encoder, protocol: Protocol) -> list[Findin
         return [retrieve(dataset, encoded, encoder, protocol)]
     if isinstance(dataset, ChoiceSet):
         return [choose(dataset, encoded, encoder, protocol)]
-    found = [classify(dataset, encoded, encoder, protocol)]
+    found = [] if text_tower(encoder.model) is None else [classify(dataset, encoded, encoder, protocol)]
     return found + [probe(name, opened, encoder, protocol) for name in protocol.probes if not dataset.is_multilabel]
+
+
+def check_towers(opened: Sequence[Opened], model: Model, protocol: Protocol) -> None:
+    """See that a model has the towers that sets ask for: probes of pictures need no text tower.
+
+    Raises:
+        UserError: it has not.
+    """
+    for dataset in (one.dataset for one in opened):
+        check_has(model, "image", f"the set {dataset.name}")
+        has_probes = isinstance(dataset, ClassificationSet) and not dataset.is_multilabel and protocol.probes
+        if not has_probes:
+            check_has(model, "text", f"the set {dataset.name}, without probes=[knn] or a training part for them,")
+
+
+def make_protocol(options: Mapping[str, Any]) -> Protocol:
+    """Take what decides numbers from a config."""
+    return Protocol(
+        probes=tuple(options["probes"]),
+        probe_features=options["probe_features"],
+        knn_k=options["knn_k"],
+        knn_temperature=options["knn_temperature"],
+        l2=options["l2"],
+        shuffled=options["shuffled"],
+        seed=options["seed"],
+        resamples=options["bootstrap_resamples"],
+    )
 
 
 def permutation(count: int, protocol: Protocol) -> np.ndarray:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from clipmini.errors import UserError
-from clipmini.model import Model, create_from_architecture, start_from
+from clipmini.model import Model, create_from_architecture
 from clipmini.sources import load_start
+from clipmini.weights import start_from
 
 
 @torch.no_grad()
