@@ -42,6 +42,8 @@ def shard_modules(root: nn.Module, mesh: DeviceMesh, *, forward: str) -> None:
     for block in find_blocks(root):
         fully_shard(block, mesh=mesh)
         block.register_forward_hook(reshard_recomputed)
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            block.register_forward_pre_hook(need_gradient, prepend=True)  # before FSDP2's own
     fully_shard(root, mesh=mesh, ignored_params={parameter for parameter in root.parameters() if parameter.ndim == 0})
     register_fsdp_forward_method(root, forward)
 
@@ -63,6 +65,18 @@ def recomputing() -> Iterator[None]:
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Return what `torch.utils.checkpoint` enters for a forward pass, and for the same one again."""
     return contextlib.nullcontext(), recomputing()
+
+
+def need_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have a block's input need a gradient, also where all before it is frozen.
+
+    FSDP2 drops a block's weights when the gradient of its input is there. Without one they stay to the end of the step,
+    and where a second micro-batch runs the block again, they are dropped after its forward pass and not fetched again.
+    """
+    first, *rest = inputs
+    if torch.is_grad_enabled() and not first.requires_grad:
+        return first.detach().requires_grad_(), *rest
+    return inputs
 
 
 def reshard_recomputed(block: nn.Module, *_: Any) -> None:
