@@ -73,6 +73,16 @@ class BadStepsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank changes of a trained model's weights."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+    image: list[str] | None = MISSING
+    text: list[str] | None = MISSING
+
+
+@dataclass
 class LayerDecayConfig:
     """How much slower the early layers of each tower learn."""
 
@@ -140,6 +150,7 @@ class TrainConfig:
     callbacks: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
     ema: AverageConfig = field(default_factory=AverageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -21,6 +21,7 @@ from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoin
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import AVERAGE, check_weights
 from clipmini.errors import UserError, did_you_mean
+from clipmini.lora import merge_lora
 from clipmini.model import create_from_architecture, create_from_open_clip_config, set_preprocess
 from clipmini.one_tower import Model, Towers, named_towers, text_tower
 from clipmini.weights import download_pretrained, load_weights
@@ -149,7 +150,7 @@ def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
             raise UserError(f"model={path}: weights=average: there is none in it, the run had ema.decay=null")
         values |= content[AVERAGE]
     try:
-        model.load_state_dict(values)
+        model.load_state_dict(merge_lora(values))
     except RuntimeError as error:
         raise UserError(f"model={path}: {textwrap.shorten(str(error), 600, placeholder=' ...')}") from error
     directory = path.resolve().parent

@@ -39,6 +39,7 @@ from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.guard import Guard
+from clipmini.lora import add_lora
 from clipmini.model import (
     count_parameters,
     image_size,
@@ -48,7 +49,7 @@ from clipmini.model import (
     width_before_projection,
 )
 from clipmini.module import ClipModule
-from clipmini.one_tower import Model, text_tower
+from clipmini.one_tower import Model, Towers, text_tower, towers_of
 from clipmini.redaction import redact
 from clipmini.sources import EXPORTED, load_start
 from clipmini.towers import decay_learning_rates
@@ -114,7 +115,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     export(trainer, module, run)
     evaluation.evaluate_at_end(trainer, module)
     log_results(evaluation.rows)
-    log_files(run)
+    log_files(run, towers_of(module.model))
 
 
 def export(trainer: pl.Trainer, module: ClipModule, run: Path) -> None:
@@ -163,7 +164,10 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     start = load_start(cfg.model.pretrained, cfg.model.name).model if cfg.model.pretrained else None
     given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
     model = build(cfg, "model", start=start, towers=loss.towers, **given)
+    if cfg.lora.rank and start is None:
+        raise UserError(f"lora.rank={cfg.lora.rank}: changes weights that stay as they are: set model.pretrained")
     del start
+    add_lora(model, **cfg.lora)
     if loss.needs_head:
         loss.add_head(width_before_projection(model))
     accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
@@ -344,8 +348,9 @@ def log_health(quarantine: Path, samples_seen: int) -> None:
     log_table(f"Bad samples of {samples_seen:,}", ("cause", "samples", "share"), rows)
 
 
-def log_files(run: Path) -> None:
+def log_files(run: Path, towers: Towers) -> None:
     """Name each file of the run."""
+    whole, one = 'open_clip.create_model_and_transforms("local-dir:{run}/model")', "for model.pretrained={run}"
     what = {
         "config.yaml": "the config",
         "train.log": "this output",
@@ -357,7 +362,7 @@ def log_files(run: Path) -> None:
         "results.jsonl": "the table above",
         "checkpoints": "to go on from",
         "model_average": "the same as below, with the average of the weights",
-        "model": 'open_clip.create_model_and_transforms("local-dir:{run}/model")',
+        "model": whole if towers == "both" else f"the {towers} tower, {one}",
     }
     near = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
     log_rows({str(near / name): text.format(run=near) for name, text in what.items() if (run / name).exists()})

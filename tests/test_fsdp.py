@@ -2,18 +2,20 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import in_processes
+from conftest import in_processes, make_head
 from forked import run_forked
 from runs import final_state, options, run
 from safetensors.torch import load_file
 from test_model import write_json
 from test_module import assert_equal, make_batch, make_module
+from test_terms import ALL_TERMS, make_views
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -21,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from clipmini import distributed
 from clipmini.blocks import find_blocks
 from clipmini.cluster.fsdp import FullyShardedStrategy
+from clipmini.lora import add_lora
 from clipmini.model import encode_image
 from clipmini.module import ClipModule
 
@@ -54,14 +57,23 @@ def make_cases(directory: Path) -> dict[str, dict[str, Any]]:
         "timm": {"path": write_json(directory / "timm.json", vision_cfg=timm), "micro_batch": 3},
         "Hugging Face": {"path": write_json(directory / "hf.json", text_cfg=hugging_face), "micro_batch": 2},
         "locked": {"path": plain, "lock_image": True},
+        "views": {"path": plain, "micro_batch": 2, "terms": ALL_TERMS, "head": make_head(layers=2)},
+        "locked below": {"path": plain, "micro_batch": 2, "frozen": r"resblocks\.0|embedding|conv1"},
+        "low rank": {"path": plain, "micro_batch": 2, "has_lora": True},
     }
 
 
-def make_case(*, grad_checkpointing: bool = False, **case: Any) -> tuple[ClipModule, Tensors]:
+def make_case(
+    *, grad_checkpointing: bool = False, has_lora: bool = False, frozen: str | None = None, **case: Any
+) -> tuple[ClipModule, Tensors]:
     module = make_module(**case)
     if grad_checkpointing:
         module.model.set_grad_checkpointing()
-    return module, make_batch(PAIRS, module.model.visual.image_size[0])
+    for name, parameter in module.named_parameters() if frozen else ():
+        parameter.requires_grad_(not re.search(str(frozen), name))
+    if has_lora:
+        add_lora(module.model, rank=2, alpha=4.0, image=None, text=["c_fc"])
+    return module, make_views(PAIRS) if "terms" in case else make_batch(PAIRS, module.model.visual.image_size[0])
 
 
 def shard(module: ClipModule) -> FullyShardedStrategy:

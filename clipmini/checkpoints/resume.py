@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = (
-    *("seed", "batch_size", "image_size", "model", "optimizer", "layer_decay"),
+    *("seed", "batch_size", "image_size", "model", "optimizer", "layer_decay", "lora"),
     *(f"loss.{name}" for name in ("kind", "init_scale", "init_bias", "max_scale", "duplicates", "terms")),
     *(f"loss.{name}" for name in ("temperatures", "head", "all_views")),
     *(

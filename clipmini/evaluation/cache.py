@@ -15,6 +15,7 @@ from torch import Tensor
 import clipmini
 from clipmini import distributed
 from clipmini.files import write_atomically
+from clipmini.lora import merge_lora
 from clipmini.model import Model
 
 Tower = Literal["image", "text"]
@@ -28,7 +29,7 @@ def is_of_tower(name: str, tower: Tower) -> bool:
 def hash_weights(model: Model, tower: Tower | None = None) -> str:
     """Hash names, shapes and values of the weights of a tower, or of all: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(merge_lora(model.state_dict()).items()):
         if tower is None or is_of_tower(name, tower):
             tensor = tensor.detach().contiguous().cpu()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

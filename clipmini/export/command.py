@@ -20,6 +20,7 @@ from clipmini.export.inputs import encode, make_inputs
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.export.parity import check_parity
 from clipmini.model import Model, count_parameters, image_size
+from clipmini.one_tower import check_has
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ def export(
     require_packages(format, chosen)
     output = output.resolve()
     check_output(output)
+    check_has(model, "image", f"format={format}")
+    check_has(model, "text", f"format={format}")
     chosen.check(model)
     model = prepare(model)
     subject = Subject(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from clipmini.lora import merge_lora
 from clipmini.model import Model, open_clip_config
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -20,7 +21,8 @@ def export_open_clip(model: Model, directory: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     (new / "open_clip_config.json").write_text(json.dumps(open_clip_config(model), indent=2))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = merge_lora(model.state_dict())
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(weights, new / WEIGHTS)
     (new / WEIGHTS).chmod((new / "open_clip_config.json").stat().st_mode)  # safetensors lets only the owner read
     shutil.rmtree(directory, ignore_errors=True)
