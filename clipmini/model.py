@@ -215,11 +215,12 @@ def project_image(model: Model, features: Tensor) -> Tensor:
     return F.normalize(projected, dim=-1)
 
 
-def freeze_projection(model: Model) -> None:
-    """Leave the last projection of an image tower as it is."""
+def list_projection(model: Model) -> list[nn.Parameter]:
+    """List the weights of the last projection of an image tower; none where it cannot be taken apart."""
     visual = model.visual
-    for parameter in visual.head.parameters() if isinstance(visual, TimmModel) else [visual.proj]:
-        parameter.requires_grad_(False)
+    if isinstance(visual, TimmModel):
+        return list(visual.head.parameters())
+    return [] if getattr(visual, "proj", None) is None else [visual.proj]
 
 
 def width_before_projection(model: Model) -> int:

@@ -15,18 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
 from clipmini.cluster.sharding import Skeleton, checkpoint_contexts, shard_modules
-from clipmini.data.decode import VIEWS
+from clipmini.data.decode import FEATURES, VIEWS
 from clipmini.ema import AVERAGE, WeightAverage, Weights
 from clipmini.errors import UserError
 from clipmini.guard import Guard, can_skip
-from clipmini.model import Model, encode_image, encode_text, freeze_projection, open_clip_config, project_image
+from clipmini.model import Model, encode_image, encode_text, list_projection, open_clip_config, project_image
 from clipmini.objective import ContrastiveLoss
 from clipmini.optim import apply_shares, match_memory_format, parameter_groups
 
 log = logging.getLogger(__name__)
 
 CAPTIONS = {"text": "text", "text_2": "text_2", "negative": "negative_text"}  # features, by names in a batch
-INPUTS = (*VIEWS, *CAPTIONS.values())  # of a batch, for the towers
+INPUTS = (*VIEWS, FEATURES, *CAPTIONS.values())  # of a batch, for the towers
 COMPARED = ("view", "view_2")  # features of the two views that are compared with each other
 
 
@@ -38,11 +38,12 @@ def no_span(_: str) -> contextlib.AbstractContextManager[Any]:
 def rest_unused(model: Model, loss: ContrastiveLoss) -> None:
     """Freeze what no term of a loss uses: DDP would wait for its gradients."""
     if not loss.uses_scale:
-        for parameter in (model.logit_scale, model.logit_bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        model.logit_scale.requires_grad_(False)
+    if model.logit_bias is not None and not loss.needs("text"):  # views have none
+        model.logit_bias.requires_grad_(False)
     if loss.head is not None and "image_text" not in loss.terms:
-        freeze_projection(model)
+        for parameter in list_projection(model):
+            parameter.requires_grad_(False)
 
 
 class ClipModule(pl.LightningModule):
@@ -176,6 +177,9 @@ class ClipModule(pl.LightningModule):
         """Encode some of a batch."""
         with self.span("encode image"):
             features = self.encode_views({name: inputs[name] for name in VIEWS if name in inputs})
+            if FEATURES in inputs:
+                learns = any(parameter.requires_grad for parameter in list_projection(self.model))
+                features["image"] = project_image(self.model, inputs[FEATURES]) if learns else inputs[FEATURES]
         with self.span("encode text"):
             for name, of_batch in CAPTIONS.items():
                 if of_batch in inputs:

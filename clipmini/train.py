@@ -39,6 +39,7 @@ from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.guard import Guard
+from clipmini.locked_features import keep_features
 from clipmini.lora import add_lora
 from clipmini.model import (
     count_parameters,
@@ -102,6 +103,11 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
     evaluation = build_evaluation(cfg, opened, data, module.model, tokenize, run)
     trainer = build_trainer(cfg, processes, total_steps, evaluation)
+    if cfg.data.cached_features:
+        precision = launch.choose_precision(cfg.trainer.precision, launch.choose_accelerator(cfg.trainer.accelerator))
+        device = trainer.strategy.root_device
+        size = cfg.evaluation.batch_size
+        keep_features(module.model, data, processes, device=device, precision=precision, batch_size=size)
     if newest:
         resume.check_same_model(open_clip_config(module.model), newest)
 

@@ -166,6 +166,7 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
         seed=0,
         num_cores=1,
         loss=make_objective(),
+        cached_features=False,
     )
     tokenize = clock.of("tokenise", ClipTokenizer(77))
     data.prepare(tokenize=tokenize, padding=None, size=PIXELS, num_steps=2**40)

@@ -114,6 +114,7 @@ def make_data(train: Any, cache: ShardCache, *, size: int = 16, num_steps: int =
         "view_augmentation": None,
         "extra_views": None,
         "loss": make_objective(),
+        "cached_features": False,
         "hard_negatives": None,
         "augmentation": make_augmentation(flip=0.5),
         "draft": "auto",

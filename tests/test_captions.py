@@ -87,7 +87,7 @@ def test_blank_captions_and_no_others_have_the_id_0() -> None:
 
 def draw_second(second_key: str, members: dict[str, bytes], position: int = 0) -> str:
     draws = Draws(0, position)
-    drawn = dict(Captions.from_key("many", None, second_key).draw_all(members, draws))
+    drawn = Captions.from_key("many", None, second_key).draw_all(members, draws, Draws(0, position, 3))
     assert list(drawn) == ["text", "text_2"] and drawn["text"] == draw("many", members, position)
     assert second_key in ("same", "name", "more.txt") or drawn["text_2"] != drawn["text"]
     return drawn["text_2"]
@@ -114,11 +114,12 @@ def test_second_captions_that_cannot_be_used(many: list, detail: str) -> None:
     captions = Captions({"name": 1.0}, None, "many")
     members = {"json": json.dumps({"name": "x", "many": many}).encode()}
     with pytest.raises(Fault, match=detail):
-        dict(captions.draw_all(members, Draws(0, 0)))
+        captions.draw_all(members, Draws(0, 0), Draws(0, 0, 3))
 
 
 def test_without_captions_nothing_is_drawn() -> None:
-    assert Captions.from_key(None).extensions == () and not dict(Captions.from_key(None).draw_all({}, Draws(0, 0)))
+    captions = Captions.from_key(None)
+    assert captions.extensions == () and captions.draw_all({}, Draws(0, 0), Draws(0, 0, 3)) == {}
     for name, options in (("hard_negatives", ("wrong", None)), ("second_caption_key", (None, "many"))):
         with pytest.raises(UserError, match=f"data.{name}=.*: needs captions, and data.caption_key=null takes none"):
             Captions.from_key(None, *options)

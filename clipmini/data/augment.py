@@ -74,6 +74,14 @@ class Augmentation:
             if not right:
                 raise UserError(f"data.augmentation.{name}={getattr(self, name)} is out of range")
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a picture is not always changed in the same way."""
+        is_still = tuple(self.scale) == (1.0, 1.0) and self.ratio[0] == self.ratio[1] and self.flip in (0.0, 1.0)
+        has_map = self.rotation or self.translation or self.shear or tuple(self.zoom) != (1.0, 1.0)
+        has_colors = (self.color_jitter and self.color_jitter_probability) or 0 < self.grayscale_probability < 1
+        return bool(not is_still or has_map or has_colors or self.blur_probability)
+
     def draw_box(self, width: int, height: int, draws: Draws) -> Box:
         """Draw the part of a picture that is used."""
         return draw_crop(width, height, self.scale, self.ratio, draws)

@@ -59,19 +59,24 @@ class Captions:
         in_json = {"json"} if self.hard_negatives else set()
         return tuple(sorted({member_of(str(key)) for key in {*self.probabilities, *second}} | in_json))
 
-    def draw_all(self, members: Mapping[str, bytes], draws: Draws) -> Iterator[tuple[str, str]]:
-        """Yield the captions of a sample by their names in a batch, in the order in which they are drawn.
+    def draw_all(self, members: Mapping[str, bytes], draws: Draws, further: Draws) -> dict[str, str]:
+        """Return the captions of a sample by their names in a batch.
+
+        Args:
+            draws: for the first one.
+            further: for all others, which so leave what else is drawn for a sample as it is without them.
 
         Raises:
             Fault: one is missing, or cannot be used.
         """
-        if self.probabilities:
-            caption = self.draw(members, draws)
-            yield "text", caption
-            if self.hard_negatives:
-                yield "negative_text", self.draw_negative(members, draws)
-            if self.second_key is not None:
-                yield "text_2", self.draw_second(members, draws, caption)
+        if not self.probabilities:
+            return {}
+        drawn = {"text": self.draw(members, draws)}
+        if self.hard_negatives:
+            drawn["negative_text"] = self.draw_negative(members, further)
+        if self.second_key is not None:
+            drawn["text_2"] = self.draw_second(members, further, drawn["text"])
+        return drawn
 
     def draw(self, members: Mapping[str, bytes], draws: Draws) -> str:
         """Return one caption; of a list of captions, each is as likely.

@@ -7,7 +7,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clipmini.data.decode import Decoder, Example
+from clipmini.data.features import FeatureStore
 from clipmini.data.health import MAX_IN_A_ROW, BadSample, Fault
+from clipmini.data.index import Shard
 from clipmini.data.manifest import Manifest
 from clipmini.data.plan import Places, Plan
 from clipmini.data.remote import is_remote
@@ -24,13 +26,21 @@ class PairDataset(Dataset):
     """The batch at some positions. A sample that cannot be used is replaced by the next one of its epoch."""
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, store: ShardStore, decoder: Decoder, *, with_keys: bool = False
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        store: ShardStore,
+        decoder: Decoder,
+        *,
+        with_keys: bool = False,
+        features: FeatureStore | None = None,
     ) -> None:
         self.manifest = manifest
         self.plan = plan
         self.store = store
         self.decoder = decoder
         self.with_keys = with_keys
+        self.features = features
         self.blocks: set[tuple[int, int, int, int]] = set()  # of the last batch: source, epoch, stream and block
 
     def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Batch:
@@ -60,7 +70,7 @@ class PairDataset(Dataset):
         for attempt in range(1, MAX_IN_A_ROW + 1):
             shard = source.shards[number]
             try:
-                example = self.decoder.decode(self.store.read(shard, index), position)
+                example = self.decode(shard, index, position)
                 return example, (self.store.key(shard, index) or "") if self.with_keys else ""
             except Fault as fault:
                 key = self.store.key(shard, index)
@@ -70,6 +80,13 @@ class PairDataset(Dataset):
             f"{MAX_IN_A_ROW} samples in a row cannot be used, at position {position} of data.train ({source.name}); "
             f"the last: {bad[-1].shard}, sample {bad[-1].index} ({bad[-1].key}): {bad[-1].cause}, {bad[-1].detail}"
         )
+
+    def decode(self, shard: Shard, index: int, position: int) -> Example:
+        """Read and decode a sample; where its features are kept, in place of its picture."""
+        if self.features is None:
+            return self.decoder.decode(self.store.read(shard, index), position)
+        members = self.store.read(shard, index, only=self.store.pair_format.caption_extensions)
+        return self.decoder.decode(members, position, self.features.read(shard, index))
 
     def prefetch(self, places: Places) -> None:
         """Have remote shards fetched in the background: of this batch, then of the next block of each stream."""

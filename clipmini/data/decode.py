@@ -1,6 +1,5 @@
 """The bytes of a sample to tensors: a uint8 picture and token ids, every random choice drawn from its position."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,6 +18,7 @@ from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
 
 VIEWS = ("image", "image_2", "image_3")  # of a picture, by their names in a batch
+FEATURES = "image_features"  # in place of them, for a tower that is locked
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EvaluationTransform:
 class Example(NamedTuple):
     """A decoded sample."""
 
-    views: list[Tensor]  # of its picture, uint8 [3, size, size]
+    views: list[Tensor]  # of its picture, uint8 [3, size, size]; or, in place of it, its features, fp32 [D]
     captions: dict[str, str]  # by their names in a batch
 
 
@@ -77,39 +77,54 @@ class Decoder:
     view_augmentation: Augmentation
     num_views: int
 
-    def decode(self, members: Mapping[str, bytes], position: int) -> Example:
+    def decode(self, members: Mapping[str, bytes], position: int, features: Tensor | None = None) -> Example:
         """Decode a sample.
+
+        Args:
+            features: in place of its picture.
 
         Raises:
             Fault: the picture or the caption cannot be used.
         """
         draws = Draws(self.seed, position)
-        captions = self.captions.draw_all(members, draws)
-        drawn = dict(itertools.islice(captions, 1))
-        views = list(self.draw_views(members, position, draws))
-        # The last to be drawn: what is drawn before is the same without them.
-        return Example(views, drawn | dict(captions))
+        captions = self.captions.draw_all(members, draws, Draws(self.seed, position, len(VIEWS)))
+        views = [features] if features is not None else list(self.draw_views(members, position, draws))
+        return Example(views, captions)
 
     def draw_views(self, members: Mapping[str, bytes], position: int, draws: Draws) -> Iterator[Tensor]:
         """Yield the views of a picture, each after the first drawn from numbers of its own."""
         if self.num_views:
             data = next(data for extension, data in members.items() if extension in IMAGE_EXTENSIONS)
+            picture = Picture(data, max_pixels=self.max_pixels)
             for number in range(self.num_views):
-                picture = Picture(data, max_pixels=self.max_pixels)  # each view may be decoded at another size
+                if number and picture.image.format == "JPEG":  # each view may be decoded at another size
+                    picture = Picture(data, max_pixels=self.max_pixels)
                 draws = draws if number == 0 else Draws(self.seed, position, number)
                 augmentation = self.view_augmentation if number else self.augmentation
                 box = augmentation.draw_box(picture.width, picture.height, draws)
                 yield augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
 
+    def fixed_view(self, data: bytes) -> Tensor:
+        """Return the view of a picture where nothing is random: uint8 [3, size, size].
+
+        Raises:
+            Fault: the picture cannot be decoded.
+        """
+        picture, draws = Picture(data, max_pixels=self.max_pixels), Draws(self.seed, 0)
+        box = self.augmentation.draw_box(picture.width, picture.height, draws)
+        return self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch.
 
-        image, image_2, image_3 uint8 [b, 3, size, size], as many as there are views; text, text_2, negative_text int64
-        [b, context], those that there are, and text_id and so on int64 [b]: equal captions have equal ones, 0 where a
-        sample has no hard negative.
+        image, image_2, image_3 uint8 [b, 3, size, size], as many as there are views, or image_features fp32 [b, D];
+        text, text_2, negative_text int64 [b, context], those that there are, and text_id and so on int64 [b]: equal
+        captions have equal ones, 0 where a sample has no hard negative.
         """
         views = zip(*(example.views for example in examples), strict=True)
         batch = {name: torch.stack(of_all) for name, of_all in zip(VIEWS, views, strict=False)}
+        if "image" in batch and batch["image"].is_floating_point():
+            batch[FEATURES] = batch.pop("image")
         for name in examples[0].captions:
             captions = [example.captions[name] for example in examples]
             batch |= {name: self.tokenize(captions), f"{name}_id": caption_ids(captions)}

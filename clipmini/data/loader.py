@@ -15,6 +15,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.content import Content, check_range
 from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Decoder
+from clipmini.data.features import FeatureStore
 from clipmini.data.health import Health
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
@@ -195,6 +196,7 @@ class ImageTextData(pl.LightningDataModule):
         seed: decides the order and every random choice, with the position of a sample.
         num_cores: of this process.
         loss: what is compared, and so what is read.
+        cached_features: whether pictures are encoded once, see `clipmini.locked_features`.
 
     Raises:
         UserError: no shards, no pairs, values out of range, or nothing of what the loss compares.
@@ -228,6 +230,7 @@ class ImageTextData(pl.LightningDataModule):
         seed: int,
         num_cores: int,
         loss: ContrastiveLoss,
+        cached_features: bool,
     ) -> None:
         super().__init__()
         check_range("num_workers", num_workers, 0)
@@ -244,6 +247,12 @@ class ImageTextData(pl.LightningDataModule):
         self.augmentation = augmentation
         self.view_augmentation = view_augmentation or augmentation
         self.draft = draft
+        self.features: FeatureStore | None = None
+        if cached_features and (augmentation.is_random or self.content.num_views != 1):
+            raise UserError(
+                "data.cached_features=true: a picture would have other features each time: set data.augmentation to "
+                "what is the same (scale=[1.0,1.0], ratio=[1.0,1.0] and nothing else), without further views"
+            )
         self.max_pixels = max_pixels
         self.max_bad_fraction = max_bad_fraction
         self.num_workers = default_num_workers(num_cores) if num_workers is None else num_workers
@@ -289,7 +298,9 @@ class ImageTextData(pl.LightningDataModule):
     def loader(self, rank: int, world_size: int) -> TrainLoader:
         """Make the loader of a rank."""
         return TrainLoader(
-            PairDataset(self.manifest, self.plan, self.store, self.decoder, with_keys=self.ledger),
+            PairDataset(
+                self.manifest, self.plan, self.store, self.decoder, with_keys=self.ledger, features=self.features
+            ),
             batch_size=self.batch_size,
             num_steps=self.num_steps,
             rank=rank,

@@ -60,10 +60,19 @@ class AnyPictures(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class AnyTransform(Protocol):
+    """What makes uint8 [3, size, size] of an encoded picture."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, data: bytes) -> Tensor: ...
+
+
 class PictureDataset(Dataset):
     """Decodes batches of pictures: (numbers, uint8 [b, 3, S, S], what is wrong with the others)."""
 
-    def __init__(self, pictures: AnyPictures, transform: EvaluationTransform) -> None:
+    def __init__(self, pictures: AnyPictures, transform: AnyTransform) -> None:
         self.pictures = pictures
         self.transform = transform
 
@@ -86,7 +95,7 @@ def make_batches(count: int, batch_size: int) -> list[range]:
 
 def load_pictures(
     pictures: AnyPictures,
-    transform: EvaluationTransform,
+    transform: AnyTransform,
     batches: Sequence[range],
     num_workers: int,
     *,

@@ -8,6 +8,7 @@ import torch
 from clipmini import distributed
 from clipmini.data.captions import caption_ids
 from clipmini.data.content import Content
+from clipmini.data.decode import VIEWS
 from clipmini.data.draws import Draws
 from clipmini.data.health import Fault
 from clipmini.data.index import Shard
@@ -68,8 +69,9 @@ def read_held_out(
     faults: list[str] = []
     for position, (shard, index) in enumerate(list_places(manifest)):
         try:
-            drawn = captions.draw_all(store.read(shard, index, only=extensions), Draws(seed, position))
-            texts.append({name: caption for name, caption in drawn if name in TEXTS})
+            draws = Draws(seed, position), Draws(seed, position, len(VIEWS))
+            drawn = captions.draw_all(store.read(shard, index, only=extensions), *draws)
+            texts.append({name: caption for name, caption in drawn.items() if name in TEXTS})
             places.append((shard, index))
         except Fault as fault:
             faults.append(f"{shard.path}, {store.key(shard, index)}: {fault.cause}: {fault.detail}")
