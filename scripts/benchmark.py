@@ -5,6 +5,7 @@ benchmark.py loss        the losses, against open_clip's and torch's; and a step
 benchmark.py evaluation  ImageNet's zero-shot classifier, against open_clip's; and retrieval, against a whole matrix
 benchmark.py checkpoint  how long the training stands still for a checkpoint, against Lightning's ModelCheckpoint
 benchmark.py train       whole runs, against open_clip's trainer: samples a second, memory, start, what is learned
+benchmark.py locked      a locked image tower whose features are kept, against one that encodes each picture again
 benchmark.py scale       bytes moved and held by a step on up to 1,024 processes, from formulas that are checked
 """
 
@@ -13,13 +14,14 @@ import argparse
 import benchmark_checkpoint
 import benchmark_data
 import benchmark_evaluation
+import benchmark_locked
 import benchmark_loss
 import benchmark_scale
 import benchmark_train
 
 BENCHMARKS = (
     *(benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint),
-    *(benchmark_train, benchmark_scale),
+    *(benchmark_train, benchmark_locked, benchmark_scale),
 )
 
 

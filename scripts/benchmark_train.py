@@ -139,8 +139,16 @@ def add_parser(commands: Any) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("train", help="whole runs", description=__doc__, formatter_class=formatter)
     parser.add_argument("--cases", nargs="*", choices="abcd", default=list("abcd"))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each whose quality is compared")
+    parser.add_argument("--quality-epochs", type=int, default=30)
+    add_run_options(parser, steps=12)
+    parser.set_defaults(run=run)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    """Add what says how long and how runs are made."""
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--skip", type=int, default=4, help="steps that are not counted")
     parser.add_argument("--batch-size", type=int, help="256 for case a, 64 for the others")
     parser.add_argument("--samples", type=int, default=512, help="pictures of the cases b, c, d")
@@ -148,7 +156,4 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--precision", choices=("amp_bf16", "fp32"), default="amp_bf16")
     parser.add_argument("--num-workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each whose quality is compared")
-    parser.add_argument("--quality-epochs", type=int, default=30)
     parser.add_argument("--directory", help="for shards and runs; the system's temporary one else")
-    parser.set_defaults(run=run)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +103,18 @@ def open_clip_command(case: Case, directory: Path, seed: int) -> list[str]:
     ]
 
 
-def run_clipmini(case: Case, directory: Path, overlay: Path, seed: int = 0) -> Measured:
-    """Train with clipmini."""
+def run_clipmini(
+    case: Case, directory: Path, overlay: Path | None = None, seed: int = 0, more: Sequence[str] = ()
+) -> Measured:
+    """Train with clipmini, with more overrides."""
     metrics = directory / "metrics.csv"
 
     def count_steps() -> int:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return int(lines[-1].split(",")[lines[0].split(",").index("step")]) if len(lines) > 1 else 0
 
-    return watch(case, clipmini_command(case, directory, seed), {}, count_steps, directory, directory / "model")
+    command = clipmini_command(case, directory, seed, *more)
+    return watch(case, command, {}, count_steps, directory, directory / "model")
 
 
 def run_open_clip(case: Case, directory: Path, overlay: Path, seed: int = 0) -> Measured:
