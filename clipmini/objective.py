@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from clipmini.data.content import TERMS, needs
 from clipmini.data.decode import VIEWS
 from clipmini.errors import UserError, did_you_mean
 from clipmini.head import HeadOptions
@@ -15,7 +16,6 @@ from clipmini.nt_xent import nt_xent
 from clipmini.one_tower import Towers
 from clipmini.tiles import Duplicates, check_block_size
 
-TERMS = {"image_text": ("image", "text"), "image_image": ("image",), "text_text": ("text",)}  # towers of kinds of pairs
 TEXTS = ("text", "text_2")  # captions of a picture
 
 
@@ -76,7 +76,7 @@ class ContrastiveLoss(nn.Module):
 
     def needs(self, tower: str) -> bool:
         """Say whether any term compares what a tower, `image` or `text`, makes."""
-        return any(tower in TERMS[name] for name in self.terms)
+        return needs(self.terms, tower)
 
     @property
     def towers(self) -> Towers:

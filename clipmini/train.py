@@ -161,7 +161,8 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: must be 1 or more")
     known = {"batch_size": cfg.batch_size, "seed": cfg.seed, "num_cores": processes.num_cores}
-    return build(cfg, "data", loss=build(cfg, "loss"), **known)
+    loss = build(cfg, "loss")
+    return build(cfg, "data", terms=tuple(loss.terms), all_views=loss.all_views, **known)
 
 
 def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int) -> ClipModule:

@@ -18,7 +18,6 @@ import numpy as np
 import open_clip
 import torch
 import webdataset
-from benchmark_loss import make_objective
 from open_clip.transform import image_transform
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -165,7 +164,8 @@ def load_ours(pairs: Pairs, clock: Clock, num_workers: int) -> Iterator[Any]:
         batch_size=BATCH,
         seed=0,
         num_cores=1,
-        loss=make_objective(),
+        terms=("image_text",),
+        all_views=False,
         cached_features=False,
     )
     tokenize = clock.of("tokenise", ClipTokenizer(77))

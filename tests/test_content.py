@@ -5,22 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_cache, make_data, make_objective, read_sample, write_tar
+from conftest import make_cache, make_data, read_sample, write_tar
 
 from clipmini.data.content import Content
 from clipmini.data.index import index_shard
 from clipmini.errors import UserError
 
-KEYS = ("image_text", "image_image", "text_text")
-
-
-def make_loss(*names: str, **changes: Any) -> Any:
-    return make_objective(terms={name: 1.0 if name in names else None for name in KEYS}, **changes)
-
 
 def choose(*names: str, all_views: bool = False, **changes: Any) -> Content:
     options = {"caption_key": "txt", "second_caption_key": None, "hard_negatives": None, "extra_views": None}
-    return Content.choose(make_loss(*names, all_views=all_views), **{**options, **changes})
+    return Content.choose(names, all_views, **{**options, **changes})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +77,7 @@ def test_pictures_without_captions_are_trained_on(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "shards/a.tar", samples)
     index = index_shard(path, choose("image_image").pair_format)
     assert len(index) == 16 and list(index.members(3)) == ["webp"]
-    data = make_data(str(path.parent), make_cache(tmp_path / "cache"), loss=make_loss("image_image"))
+    data = make_data(str(path.parent), make_cache(tmp_path / "cache"), terms=("image_image",))
     batch = next(iter(data.loader(0, 1)))
     assert {"image", "image_2"} == {name for name in batch if isinstance(batch[name], torch.Tensor)}
     assert batch["image"].shape == batch["image_2"].shape == (12, 3, 16, 16)
@@ -94,7 +88,7 @@ def test_pictures_without_captions_are_trained_on(tmp_path: Path) -> None:
 def test_captions_without_pictures_are_trained_on(tmp_path: Path) -> None:
     samples = [{"__key__": f"{number:02}", "txt": b"a cat", "more.txt": b"a tomcat"} for number in range(16)]
     path = write_tar(tmp_path / "shards/a.tar", samples)
-    changes = {"loss": make_loss("text_text"), "second_caption_key": "more.txt"}
+    changes = {"terms": ("text_text",), "second_caption_key": "more.txt"}
     data = make_data(str(path.parent), make_cache(tmp_path / "cache"), **changes)
     batch = next(iter(data.loader(0, 1)))
     names = {name for name in batch if isinstance(batch[name], torch.Tensor)}

@@ -1,13 +1,19 @@
 """What of a sample is read: as much as the loss of a run compares."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from clipmini.data.captions import SAME, Captions
 from clipmini.data.decode import VIEWS
 from clipmini.data.index import IMAGE_EXTENSIONS, PairFormat
 from clipmini.errors import UserError
-from clipmini.objective import ContrastiveLoss
+
+TERMS = {"image_text": ("image", "text"), "image_image": ("image",), "text_text": ("text",)}  # what kinds of pairs need
+
+
+def needs(terms: Collection[str], tower: str) -> bool:
+    """Say whether any kind of pairs needs what a tower, `image` or `text`, makes."""
+    return any(tower in TERMS[name] for name in terms)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Content:
     @classmethod
     def choose(
         cls,
-        loss: ContrastiveLoss,
+        terms: Collection[str],
+        all_views: bool,
         caption_key: str | Mapping[str, float] | None,
         second_caption_key: str | None,
         hard_negatives: str | None,
@@ -33,12 +40,16 @@ class Content:
     ) -> "Content":
         """Choose what a loss compares, of what the config says of `data`.
 
+        Args:
+            terms: kinds of pairs that it compares.
+            all_views: whether also each view of a picture with each of its captions.
+
         Raises:
             UserError: it is not there, or there is more than the loss compares.
         """
-        captions = Captions.from_key(caption_key if loss.needs("text") else None, hard_negatives, second_caption_key)
-        check_captions(loss, captions)
-        return cls(captions, count_views(loss, extra_views))
+        captions = Captions.from_key(caption_key if needs(terms, "text") else None, hard_negatives, second_caption_key)
+        check_captions(terms, all_views, captions)
+        return cls(captions, count_views(terms, all_views, extra_views))
 
     @property
     def pair_format(self) -> PairFormat:
@@ -46,46 +57,46 @@ class Content:
         return PairFormat(self.captions.extensions, IMAGE_EXTENSIONS if self.num_views else ())
 
 
-def count_views(loss: ContrastiveLoss, extra_views: int | None) -> int:
+def count_views(terms: Collection[str], all_views: bool, extra_views: int | None) -> int:
     """Return how many views of each picture a loss compares.
 
     Raises:
         UserError: some would be compared with nothing, or there are not enough.
     """
     check_range("extra_views", extra_views, 0, len(VIEWS) - 1)
-    compared, with_text = "image_image" in loss.terms, "image_text" in loss.terms
+    compared, with_text = "image_image" in terms, "image_text" in terms
     extra = (1 if compared else 0) if extra_views is None else extra_views
-    if not loss.needs("image"):
+    if not needs(terms, "image"):
         limit, reason = 0, "no term of loss.terms compares pictures"
     elif not compared:
-        limit, reason = len(VIEWS) - 1 if loss.all_views else 0, "only image_image, or loss.all_views, compares them"
+        limit, reason = len(VIEWS) - 1 if all_views else 0, "only image_image, or loss.all_views, compares them"
     else:
         limit, reason = 2 if with_text else 1, "without image_text nothing compares the first view with another"
     if extra > limit:
         raise UserError(f"data.extra_views={extra}: must be at most {limit}, {reason}")
     if compared and not extra:
         raise UserError("data.extra_views=0: loss.terms.image_image compares two views: must be 1 or 2, or null")
-    return 1 + extra if loss.needs("image") else 0
+    return 1 + extra if needs(terms, "image") else 0
 
 
-def check_captions(loss: ContrastiveLoss, captions: Captions) -> None:
+def check_captions(terms: Collection[str], all_views: bool, captions: Captions) -> None:
     """See that there are the captions that a loss compares, and no more.
 
     Raises:
         UserError: there are not.
     """
-    terms = [name for name in loss.terms if "text" in name]
-    if terms and not captions.probabilities:
+    with_text = [name for name in terms if "text" in name]
+    if with_text and not captions.probabilities:
         raise UserError(
-            f"data.caption_key=null: loss.terms.{terms[0]} compares captions: name where they are, or set "
-            f"{', '.join(f'loss.terms.{name}=null' for name in terms)}"
+            f"data.caption_key=null: loss.terms.{with_text[0]} compares captions: name where they are, or set "
+            f"{', '.join(f'loss.terms.{name}=null' for name in with_text)}"
         )
     if "text_text" in terms and captions.second_key is None:
         raise UserError(
             "data.second_caption_key=null: loss.terms.text_text compares two captions: name where the second is (the "
             f"key of a list takes two of it), or {SAME} for two passes of one caption through a tower with dropout"
         )
-    if captions.second_key is not None and "text_text" not in terms and not loss.all_views:
+    if captions.second_key is not None and "text_text" not in terms and not all_views:
         raise UserError(
             f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
         )

@@ -1,7 +1,7 @@
 """Batches for the trainer: the plan's positions, read and decoded by workers, resumable at any step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,6 @@ from clipmini.data.tokenizer import Tokenize
 from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.lengths import count_used, round_up
-from clipmini.objective import ContrastiveLoss
 
 
 def default_num_workers(num_cores: int) -> int:
@@ -195,7 +194,8 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: global, over all ranks.
         seed: decides the order and every random choice, with the position of a sample.
         num_cores: of this process.
-        loss: what is compared, and so what is read.
+        terms: kinds of pairs that the loss compares, and so what is read.
+        all_views: whether it compares each view of a picture with each of its captions.
         cached_features: whether pictures are encoded once, see `clipmini.locked_features`.
 
     Raises:
@@ -229,7 +229,8 @@ class ImageTextData(pl.LightningDataModule):
         batch_size: int,
         seed: int,
         num_cores: int,
-        loss: ContrastiveLoss,
+        terms: Collection[str],
+        all_views: bool,
         cached_features: bool,
     ) -> None:
         super().__init__()
@@ -239,7 +240,7 @@ class ImageTextData(pl.LightningDataModule):
         check_range("max_pixels", max_pixels, 1, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own limit
         check_range("max_bad_fraction", max_bad_fraction, 0, 1)
         check_range("timeout", timeout, 0.1)
-        self.content = Content.choose(loss, caption_key, second_caption_key, hard_negatives, extra_views)
+        self.content = Content.choose(terms, all_views, caption_key, second_caption_key, hard_negatives, extra_views)
         self.store = ShardStore(self.content.pair_format, cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
         self.held_out = find_held_out(val, self.manifest, self.store, allow_pipe=allow_pipe)

@@ -116,9 +116,10 @@ def read_data(overrides: Sequence[str]) -> tuple[dict[str, Any], Any, Content]:
     if not any(override.startswith("experiment=") for override in overrides):
         overrides = ["experiment=none", *overrides]
     cfg = config.compose("train", overrides)
-    data = config.read_node(cfg, "data", skip={"loss": None})
+    loss = config.build(cfg, "loss")
+    data = config.read_node(cfg, "data", skip={"terms": None, "all_views": None})
     keys = ("caption_key", "second_caption_key", "hard_negatives", "extra_views")
-    content = Content.choose(config.build(cfg, "loss"), **{key: data[key] for key in keys})
+    content = Content.choose(tuple(loss.terms), loss.all_views, **{key: data[key] for key in keys})
     return data, config.build(cfg, "data.cache"), content
 
 
