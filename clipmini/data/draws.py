@@ -5,6 +5,7 @@ those the same in every version, which it does not promise of its distributions 
 """
 
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -38,8 +39,14 @@ class Draws:
     """The random numbers of one sample, one after the other."""
 
     def __init__(self, seed: int, *place: int) -> None:
-        self.generator = philox(seed, Purpose.SAMPLE, *place)
+        self.place = seed, place
         self.words: list[int] = []
+
+    @cached_property
+    def generator(self) -> np.random.Philox:
+        """The generator, made for the first number: most samples draw none of what is for further captions."""
+        seed, place = self.place
+        return philox(seed, Purpose.SAMPLE, *place)
 
     def random(self) -> float:
         """Draw from [0, 1) with 53 bits."""
