@@ -89,8 +89,7 @@ class ShardPictures:
         return f"{self.shard.path}, {index}"
 
     def read(self, index: int) -> bytes:
-        (data,) = self.store.read(self.shard, index, only=self.store.pair_format.image_extensions).values()
-        return data
+        return self.store.read_picture(self.shard, index)
 
     def fingerprint(self) -> str:
         return self.shard.identity()

@@ -68,6 +68,11 @@ class ShardStore:
         """
         return self.persist(shard, functools.partial(self.read_once, shard, index, only))
 
+    def read_picture(self, shard: Shard, index: int) -> bytes:
+        """Read the picture of a sample; raises what `read` does."""
+        (data,) = self.read(shard, index, only=self.pair_format.image_extensions).values()
+        return data
+
     def read_once(self, shard: Shard, index: int, only: Collection[str] | None) -> dict[str, bytes]:
         found, file = self.open_index(shard), self.open_file(shard)
         if index >= len(found):

@@ -44,8 +44,7 @@ class HeldOut:
 
     def read(self, index: int) -> bytes:
         shard, number = self.places[index]
-        (data,) = self.store.read(shard, number, only=self.store.pair_format.image_extensions).values()
-        return data
+        return self.store.read_picture(shard, number)
 
     def fingerprint(self) -> str:
         return repr([(shard.identity(), number) for shard, number in self.places])
