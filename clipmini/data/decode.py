@@ -101,8 +101,12 @@ class Decoder:
                     picture = Picture(data, max_pixels=self.max_pixels)
                 draws = draws if number == 0 else Draws(self.seed, position, number)
                 augmentation = self.view_augmentation if number else self.augmentation
-                box = augmentation.draw_box(picture.width, picture.height, draws)
-                yield augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
+                yield self.make_view(picture, augmentation, draws)
+
+    def make_view(self, picture: Picture, augmentation: Augmentation, draws: Draws) -> Tensor:
+        """Crop, resize and change a picture: uint8 [3, size, size]."""
+        box = augmentation.draw_box(picture.width, picture.height, draws)
+        return augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
 
     def fixed_view(self, data: bytes) -> Tensor:
         """Return the view of a picture where nothing is random: uint8 [3, size, size].
@@ -110,9 +114,7 @@ class Decoder:
         Raises:
             Fault: the picture cannot be decoded.
         """
-        picture, draws = Picture(data, max_pixels=self.max_pixels), Draws(self.seed, 0)
-        box = self.augmentation.draw_box(picture.width, picture.height, draws)
-        return self.augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
+        return self.make_view(Picture(data, max_pixels=self.max_pixels), self.augmentation, Draws(self.seed, 0))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch.
