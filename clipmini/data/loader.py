@@ -249,11 +249,8 @@ class ImageTextData(pl.LightningDataModule):
         self.view_augmentation = view_augmentation or augmentation
         self.draft = draft
         self.features: FeatureStore | None = None
-        if cached_features and (augmentation.is_random or self.content.num_views != 1):
-            raise UserError(
-                "data.cached_features=true: a picture would have other features each time: set data.augmentation to "
-                "what is the same (scale=[1.0,1.0], ratio=[1.0,1.0] and nothing else), without further views"
-            )
+        if cached_features:
+            check_same_each_time(augmentation, self.content)
         self.max_pixels = max_pixels
         self.max_bad_fraction = max_bad_fraction
         self.num_workers = default_num_workers(num_cores) if num_workers is None else num_workers
@@ -263,10 +260,7 @@ class ImageTextData(pl.LightningDataModule):
         self.ledger = ledger
         self.batch_size = batch_size
         self.seed = seed
-        if batch_size > self.manifest.num_samples:
-            raise UserError(
-                f"batch_size={batch_size} is larger than the data: data.train has {self.manifest.num_samples} pairs"
-            )
+        check_batch_size(batch_size, self.manifest)
 
     def prepare(self, *, tokenize: Tokenize, padding: int | None, size: int, num_steps: int) -> None:
         """Take what the model and the length of the run decide.
@@ -332,3 +326,26 @@ def find_held_out(
         if path in trained:
             raise UserError(f"data.val: {path} is a shard of data.train too, so that it would not be held out")
     return held_out
+
+
+def check_batch_size(batch_size: int, train: Manifest) -> None:
+    """See that the pairs of a batch are different ones.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if batch_size > train.num_samples:
+        raise UserError(f"batch_size={batch_size} is larger than the data: data.train has {train.num_samples} pairs")
+
+
+def check_same_each_time(augmentation: Augmentation, content: Content) -> None:
+    """See that a picture is the same whenever it is seen, so that its features may be kept.
+
+    Raises:
+        UserError: it is not.
+    """
+    if augmentation.is_random or content.num_views != 1:
+        raise UserError(
+            "data.cached_features=true: a picture would have other features each time: set data.augmentation to "
+            "what is the same (scale=[1.0,1.0], ratio=[1.0,1.0] and nothing else), without further views"
+        )
