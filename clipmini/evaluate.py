@@ -23,7 +23,7 @@ from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
 from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
-from clipmini.evaluation.tasks import check_protocol, check_towers, make_protocol
+from clipmini.evaluation.tasks import check_protocol, make_protocol
 from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model
 from clipmini.watch import watch
@@ -105,7 +105,6 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
 def evaluate_once(options: dict[str, Any], evaluator: Evaluator, device: torch.device) -> None:
     """Evaluate one model and print what was found."""
     source = load_model(options["model"], architecture=options["architecture"], weights=options["weights"])
-    check_towers(evaluator.opened, source.model, evaluator.protocol)
     tokenize = source.tokenizer()
     output = Path(options["output"])
     cache = FeatureCache(Path(options["cache"])) if options["cache"] else None

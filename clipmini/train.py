@@ -34,7 +34,7 @@ from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import log_results
-from clipmini.evaluation.tasks import check_towers, make_protocol
+from clipmini.evaluation.tasks import make_protocol
 from clipmini.evaluation.validation import read_held_out
 from clipmini.evaluation_callback import Evaluation
 from clipmini.export.open_clip_directory import export_open_clip
@@ -221,13 +221,14 @@ def build_evaluation(
     if options.weights == "average" and cfg.ema.decay is None:
         raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
     protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False})
-    check_towers(opened, model, protocol)
+    evaluator = Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision)
+    evaluator.check_towers(model)
     held_out = None
     if data.held_out is not None:
         known = {"seed": cfg.seed, "group_size": cfg.batch_size, "max_bad_fraction": data.max_bad_fraction}
         held_out = read_held_out(data.held_out, data.store, data.content, **known)
     return Evaluation(
-        Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision),
+        evaluator,
         held_out,
         tokenize,
         output=run / "results.jsonl",

@@ -18,6 +18,7 @@ from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
 from clipmini.model import Model, image_size, preprocess_cfg
+from clipmini.one_tower import check_has
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Evaluator:
         is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Encoder:
         """Make what encodes with a model, which must be on the device; see `Encoder`."""
+        self.check_towers(model)
         preprocess = preprocess_cfg(model)
         size = image_size(model)
         transform = EvaluationTransform(size, preprocess["resize_mode"], preprocess["interpolation"])
@@ -95,6 +97,18 @@ class Evaluator:
                 if finding.predictions is not None and isinstance(opened.dataset, ClassificationSet):
                     row |= class_facts(opened.dataset, finding)
                 yield Result(opened, row, finding)
+
+    def check_towers(self, model: Model) -> None:
+        """See that a model has the towers that the sets ask for: probes of pictures need no text tower.
+
+        Raises:
+            UserError: it has not.
+        """
+        for opened in self.opened:
+            name = opened.dataset.name
+            check_has(model, "image", f"the set {name}")
+            if not self.probes(opened):
+                check_has(model, "text", f"the set {name}, without probes=[knn] or a training part for them,")
 
     def probes(self, opened: Opened) -> Sequence[str]:
         """Return the probes that a set takes."""

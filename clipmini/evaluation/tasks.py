@@ -18,7 +18,7 @@ from clipmini.evaluation.prompts import Prompts
 from clipmini.evaluation.retrieval import rank_pairs
 from clipmini.evaluation.sets import ChoiceSet, ClassificationSet, RetrievalSet
 from clipmini.evaluation.similarity import similarity, similarity_of_pairs
-from clipmini.one_tower import Model, check_has, text_tower
+from clipmini.one_tower import text_tower
 
 PROBES = ("knn", "linear_probe")
 CHUNK = 4096  # pictures whose similarities to all classes are in memory
@@ -81,19 +81,6 @@ def measure(opened: Opened, encoder: Encoder, protocol: Protocol) -> list[Findin
         return [choose(dataset, encoded, encoder, protocol)]
     found = [] if text_tower(encoder.model) is None else [classify(dataset, encoded, encoder, protocol)]
     return found + [probe(name, opened, encoder, protocol) for name in protocol.probes if not dataset.is_multilabel]
-
-
-def check_towers(opened: Sequence[Opened], model: Model, protocol: Protocol) -> None:
-    """See that a model has the towers that sets ask for: probes of pictures need no text tower.
-
-    Raises:
-        UserError: it has not.
-    """
-    for dataset in (one.dataset for one in opened):
-        check_has(model, "image", f"the set {dataset.name}")
-        has_probes = isinstance(dataset, ClassificationSet) and not dataset.is_multilabel and protocol.probes
-        if not has_probes:
-            check_has(model, "text", f"the set {dataset.name}, without probes=[knn] or a training part for them,")
 
 
 def make_protocol(options: Mapping[str, Any]) -> Protocol:
