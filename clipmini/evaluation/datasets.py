@@ -47,7 +47,7 @@ def open_set(entry: SetEntry, *, with_train: bool = False) -> list[Opened]:
         UserError: nothing is there, or something in it is wrong.
     """
     path = Path(entry.path)
-    if (entry.layout or path.suffix) in ("shards", ".tar"):
+    if is_shards(entry):
         return [open_shards(entry, with_train=with_train)]
     if not path.exists():
         raise UserError(f"datasets={entry.path}: there is no such file or directory")
@@ -155,6 +155,11 @@ def need_train(entry: SetEntry, name: str) -> str:
     return entry.train
 
 
+def is_shards(entry: SetEntry) -> bool:
+    """Say whether an entry names shards: a pattern of them need be no path that is there."""
+    return entry.layout == "shards" or (entry.layout is None and entry.path.endswith(".tar"))
+
+
 def open_shards(entry: SetEntry, *, with_train: bool) -> Opened:
     """Read the labels of shards; the training part must have the same classes.
 
@@ -211,7 +216,7 @@ def open_labels(
     dataset = ClassificationSet(name, Pictures(tuple(places)), labels, class_names, prompts, groups, entry.language)
     if not with_train:
         return Opened(dataset)
-    layout = "shards" if (entry.layout or path.suffix) in ("shards", ".tar") else "table"
+    layout = "shards" if is_shards(entry) else "table"
     changes: dict[str, Any] = {"layout": layout, "class_names": names, "label_key": label, "group_key": None}
     (opened,) = open_set(replace(entry, path=need_train(entry, name), **changes))
     assert isinstance(opened.dataset, ClassificationSet)
