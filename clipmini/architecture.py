@@ -14,6 +14,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from clipmini.annotations import check_values
 from clipmini.errors import UserError, did_you_mean
+from clipmini.one_tower import Towers
 
 # Fields of a tower's JSON that may differ from those that weights were trained with.
 CHANGEABLE = {"image_size", "patch_dropout", "context_length", "hf_model_pretrained", "timm_model_pretrained"}
@@ -24,6 +25,7 @@ def read_architecture(
     *,
     name: str | None,
     start: Mapping[str, Any] | None = None,
+    start_towers: Towers = "both",
     embed_dim: int | None = None,
     vision_cfg: Mapping[str, Any] | None = None,
     text_cfg: Mapping[str, Any] | None = None,
@@ -33,6 +35,7 @@ def read_architecture(
     Args:
         name: of an open_clip model, of one in `clipmini/model_configs`, or a path to such a JSON file; None takes
             `start`, that of the model whose weights are to be loaded.
+        start_towers: of that model, which are to be loaded.
         embed_dim: replaces the embedding width.
         vision_cfg: fields of open_clip's `CLIPVisionCfg`; `timm_model_name` makes the image tower any timm model.
         text_cfg: fields of open_clip's `CLIPTextCfg`; `hf_model_name` makes the text tower a Hugging Face model.
@@ -40,7 +43,7 @@ def read_architecture(
     Raises:
         UserError: an unknown name or field, a field of the wrong type, or another model than `start`.
     """
-    architecture = read_named_architecture(name, start)
+    architecture = read_named_architecture(name, start, start_towers)
     for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
         if key not in architecture:
             raise UserError(f"model.name={name}: the model JSON has no {key!r}")
@@ -54,7 +57,7 @@ def read_architecture(
     return architecture
 
 
-def read_named_architecture(name: str | None, start: Mapping[str, Any] | None) -> dict[str, Any]:
+def read_named_architecture(name: str | None, start: Mapping[str, Any] | None, start_towers: Towers) -> dict[str, Any]:
     """Return a model's JSON, as trained where it is the one to start from."""
     if name is None:
         if start is None:
@@ -74,19 +77,23 @@ def read_named_architecture(name: str | None, start: Mapping[str, Any] | None) -
         known = [*own, *open_clip.list_models()]
         raise UserError(f"model.name={name}: no such model{did_you_mean(name, known)}; {len(known)} are known")
     if start is not None:
-        check_same_architecture(architecture, start, name)
+        check_same_architecture(architecture, start, name, start_towers)
         if bool(start.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
-            architecture["quick_gelu"] = start["quick_gelu"]  # with the other one they are weights of another model
+            architecture["quick_gelu"] = bool(start.get("quick_gelu"))  # the other makes another model of the weights
     return architecture
 
 
-def check_same_architecture(named: Mapping[str, Any], start: Mapping[str, Any], name: str) -> None:
+def check_same_architecture(named: Mapping[str, Any], start: Mapping[str, Any], name: str, towers: Towers) -> None:
     """See that the weights to start from are of the model that is named, also where shapes would not tell.
 
     Raises:
         UserError: they are not.
     """
-    for part, schema in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+    parts: tuple[tuple[str, str, Any], ...]
+    parts = ("image", "vision_cfg", CLIPVisionCfg), ("text", "text_cfg", CLIPTextCfg)
+    for tower, part, schema in parts:
+        if towers not in ("both", tower):
+            continue
         ours, theirs = asdict(schema(**named.get(part, {}))), asdict(schema(**start[part]))
         for key in sorted(ours.keys() - CHANGEABLE):
             if ours[key] != theirs[key]:

@@ -35,6 +35,7 @@ def create_model(
     *,
     name: str | None,
     pretrained: str | None = None,
+    pretrained_towers: Towers = "both",
     start: Model | None = None,
     embed_dim: int | None = None,
     vision_cfg: dict[str, Any] | None = None,
@@ -56,14 +57,13 @@ def create_model(
 
     Args:
         name, embed_dim, vision_cfg, text_cfg: see `read_architecture`.
-        pretrained: what `start` is, for messages.
-        start: a model whose weights and mean and std of pictures are taken; it stays as it is.
+        pretrained, pretrained_towers: what `start` is, for messages; `both`, or `image` or `text` alone.
+        start: a model whose towers' weights and mean and std of pictures are taken; it stays as it is.
         patch_dropout: share of a vision transformer's patches left out in training.
         lock_image, lock_text: freeze towers, with the options of `towers.lock`.
         grad_checkpointing: recompute activations in the backward pass.
         image_size: pixels; null takes the model's own.
-        init_scale: what similarities are multiplied with at the start.
-        init_bias: what is added to them; None makes a model without a bias.
+        init_scale, init_bias: what similarities are multiplied with at the start, and what is added; None is no bias.
         towers: that it has.
 
     Returns:
@@ -74,16 +74,17 @@ def create_model(
         UserError: an unknown name, tag or field, or layers to lock that are not there.
     """
     changes: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    architecture = read_architecture(name=name, start=None if start is None else start.architecture, **changes)
-    changed = {"patch_dropout": patch_dropout, "image_size": image_size}
-    architecture["vision_cfg"] |= {name: value for name, value in changed.items() if value is not None}
+    told = getattr(start, "architecture", None)
+    architecture = read_architecture(name=name, start=told, start_towers=pretrained_towers, **changes)
+    changed = {"patch_dropout": patch_dropout, "image_size": image_size}.items()
+    architecture["vision_cfg"] |= {key: value for key, value in changed if value is not None}
     architecture.pop("init_logit_bias", None)
     architecture["init_logit_scale"] = float(torch.tensor(init_scale).log())
     architecture |= {} if init_bias is None else {"init_logit_bias": init_bias}
     model = create_from_architecture(architecture, towers)
     set_preprocess(model, preprocess_cfg(start))
     if start is not None:
-        start_from(model, start, f"model.pretrained={pretrained}")
+        start_from(model, start, f"model.pretrained={pretrained}", pretrained_towers)
     lock(model, "image", lock_image, lock_image_unlocked_groups, freeze_bn_stats=lock_image_freeze_bn_stats)
     lock(model, "text", lock_text, lock_text_unlocked_layers, freeze_layer_norm=lock_text_freeze_layer_norm)
     check_learning(model)

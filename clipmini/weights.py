@@ -10,33 +10,41 @@ from open_clip.model import CLIP, resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import TextTransformer
 
 from clipmini.errors import UserError
-from clipmini.one_tower import OTHER, Model, rename, text_tower, towers_of
+from clipmini.one_tower import OTHER, Model, Towers, check_has, rename, text_tower, towers_of
 
 log = logging.getLogger(__name__)
 
 
-def start_from(model: Model, start: Model, at: str) -> None:
+def start_from(model: Model, start: Model, at: str, towers: Towers = "both") -> None:
     """Load the weights of another model; positions are interpolated to a new number of patches or tokens.
 
     A bias of the logits that only one of the two has is left out, or stays as it was made.
 
+    Args:
+        towers: that are taken; with one of them alone, scale and bias stay too, which belong to both together.
+
     Raises:
-        UserError: names or shapes are not those of the model; says which.
+        UserError: names or shapes are not those of the model, or one has no such tower; says which.
     """
     weights = rename(start.state_dict(), model)
+    if towers != "both":
+        for has in (start, model):
+            check_has(has, towers, f"model.pretrained_towers={towers}")
+        weights = {name: value for name, value in weights.items() if name.startswith("visual.") == (towers == "image")}
     if model.visual is not None:
         resize_pos_embed(weights, model)
     if isinstance(text_tower(model), CLIP | TextTransformer):
         resize_text_pos_embed(weights, model)
-    if towers_of(start) not in ("both", towers_of(model)):
-        missing = OTHER[towers_of(start)]
-        log.info("%s has no %s tower: that begins as it was made", at, missing)
+    taken = towers_of(start) if towers == "both" else towers
+    if taken not in ("both", towers_of(model)):
+        log.info("%s gives no %s tower: that begins as it was made", at, OTHER[taken])
         weights = {name: value for name, value in model.state_dict().items() if name not in weights} | weights
     weights.pop("logit_bias", None)
+    numbers = start if towers == "both" else model
     if model.logit_bias is not None:
-        bias = start.logit_bias if start.logit_bias is not None else model.logit_bias
+        bias = numbers.logit_bias if numbers.logit_bias is not None else model.logit_bias
         weights["logit_bias"] = bias.detach().reshape(model.logit_bias.shape)
-    weights["logit_scale"] = weights["logit_scale"].reshape(model.logit_scale.shape)
+    weights["logit_scale"] = numbers.logit_scale.detach().reshape(model.logit_scale.shape)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -61,6 +61,21 @@ def test_weights_and_mean_are_taken(name: str | None, directory: Path, tiny_json
     assert model.architecture["vision_cfg"] == start.architecture["vision_cfg"]
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_tower_is_taken_alone(tower: str, directory: Path, tiny_json: Path, tmp_path: Path) -> None:
+    larger = {"layers": 2, "width": 64}
+    other = {"image": {"text_cfg": larger}, "text": {"vision_cfg": larger}}[tower]
+    named = write_json(tmp_path / "other.json", **other)
+    start = start_of(directory, None)
+    found = weights(make_model(named, start=start, pretrained_towers=tower))
+    made, taken = weights(make_model(named)), weights(start)
+    for name, value in found.items():
+        is_taken = name.startswith("visual.") == (tower == "image") and name != "logit_scale"
+        assert value.equal(taken[name] if is_taken else made[name]), name
+    with pytest.raises(UserError, match="model.pretrained is of another model than model.name=.*layers is 1, not 2"):
+        make_model(named, start=start)
+
+
 def test_a_run_its_checkpoint_and_its_export_are_the_same_start(
     directory: Path, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,8 @@ def interpolate_(model: Model, share: float, config: Mapping[str, Any] | None, s
             f"wise={share}: no weights are known that {source} started from; it must be a run, or its checkpoint, with "
             "model.pretrained"
         )
+    if options.get("pretrained_towers", "both") != "both":
+        raise UserError(f"wise={share}: {source} started from one tower, model.pretrained_towers, and not from a model")
     start = create_from_architecture(model.architecture)
     before = load_start(options["pretrained"], options.get("name")).model
     start_from(start, before, f"wise={share}: model.pretrained={options['pretrained']}")
