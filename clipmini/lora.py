@@ -21,13 +21,16 @@ PART = re.compile(r"(.*)parametrizations\.(\w+)\.(original|0\.\w+)$")
 
 
 class LowRank(nn.Module):
-    """Adds scaling * B A to a weight [m, n], with A [r, n] and B [m, r]; B begins as 0."""
+    """Adds scaling * B A to a weight [m, n], with A [r, n] and B [m, r]; B begins as 0.
+
+    A convolution's weight [m, channels, rows, columns] is one of as many rows, as in peft.
+    """
 
     scaling: Tensor
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.lora_A = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
         self.lora_B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft
         self.register_buffer("scaling", weight.new_tensor(alpha / rank))
@@ -39,7 +42,7 @@ class LowRank(nn.Module):
 def change(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor) -> Tensor:
     """Return a changed weight, in the precision that it has."""
     with torch.autocast(weight.device.type, enabled=False):
-        return weight + scaling * (lora_b @ lora_a)
+        return weight + scaling * (lora_b @ lora_a).view_as(weight)
 
 
 def add_lora(model: Model, *, rank: int, alpha: float, image: Sequence[str] | None, text: Sequence[str] | None) -> None:
@@ -48,7 +51,8 @@ def add_lora(model: Model, *, rank: int, alpha: float, image: Sequence[str] | No
     Args:
         rank: r; 0 leaves the model as it is.
         alpha: changes are multiplied with alpha / rank.
-        image, text: ends of the names of linear layers and of attention; None takes all, [] leaves the tower as it is.
+        image, text: ends of the names of layers; None takes all linear ones, attention too, [] leaves the tower as it
+            is. Convolutions are taken by their names.
 
     Raises:
         UserError: a rank or alpha out of range, or a name that is none of a layer.
@@ -80,7 +84,7 @@ def choose_layers(
     layers = {}
     for name in names:
         path, _, weight = name.rpartition(".")
-        is_matrix = weight in ("weight", "in_proj_weight") and model.get_parameter(name).ndim == 2
+        is_matrix = weight in ("weight", "in_proj_weight") and model.get_parameter(name).ndim > 1
         if is_matrix and not isinstance(layer := model.get_submodule(path), nn.Embedding):
             layers[path] = layer, weight
     for end in ends or ():
@@ -89,7 +93,9 @@ def choose_layers(
             raise UserError(
                 f"lora.{kind}: the tower has no layer {end!r}{did_you_mean(end, known)}: {', '.join(known)}"
             )
-    return [found for path, found in layers.items() if ends is None or any(is_called(path, end) for end in ends)]
+    if ends is None:
+        return [(layer, weight) for layer, weight in layers.values() if getattr(layer, weight).ndim == 2]
+    return [found for path, found in layers.items() if any(is_called(path, end) for end in ends)]
 
 
 def is_called(path: str, end: str) -> bool:

@@ -14,7 +14,7 @@ from forked import run_forked
 from omegaconf import DictConfig
 from test_model import make_model, write_json
 from test_one_tower import read_losses
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
@@ -46,6 +46,28 @@ def move(model: Model) -> None:
 
 def features(model: Model) -> Tensor:
     return torch.cat([encode_image(model, IMAGE), encode_text(model, TEXT)])
+
+
+def test_convolutions_are_pefts(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "m.json", vision_cfg={"timm_model_name": "test_resnet", "image_size": 160})
+    images = IMAGE.repeat(1, 1, 5, 5)
+    ours, theirs, plain = make(path, image=["conv1", "layer1.0.conv2"], text=[]), *(make_model(path) for _ in range(2))
+    for model in (ours, theirs.double(), plain.double()):
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.data.fill_(1.0)  # a new network begins with blocks that do nothing
+    move(ours)
+    config = peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=r".*(layer\d\.\d\.conv1|layer1\.0\.conv2)$")
+    peft.inject_adapter_in_model(config, theirs)
+    moved = {name: value for name, value in ours.named_parameters() if "lora_" in name}
+    for name, value in moved.items():
+        layer_path, _, part = name.replace(".parametrizations.weight.0", "").rpartition(".")
+        weight = getattr(theirs.get_submodule(layer_path), part)["default"].weight
+        weight.data.copy_(value.view_as(weight))
+    assert len(moved) == sum("lora_" in name for name, _ in theirs.named_parameters()) > 4
+    found, expected = encode_image(ours, images), encode_image(theirs, images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert (found - encode_image(plain, images)).abs().max() > 1e-3
 
 
 def learning(model: Model) -> set[str]:
