@@ -6,16 +6,13 @@ from typing import Any
 
 import yaml
 
-from clipmini.checkpoints.resume import flatten
+from clipmini.checkpoints.resume import IDENTITY, flatten
 from clipmini.redaction import redact, redact_command
 
 TASK = "zero-shot-image-classification"
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
-# What of a config decides the result, in the order of the card; a name with a dot at its end stands for all below it.
-RECIPE = (
-    *("batch_size", "steps", "epochs", "seed", "loss.", "optimizer.", "layer_decay.", "schedule.", "trainer.precision"),
-    *("model.", "data.caption_key", "data.hard_negatives", "data.augmentation."),
-)
+# What of a config decides the result, in the order of the card; a name stands for all below it.
+RECIPE = ("steps", "epochs", *IDENTITY, "schedule", "trainer.precision")
 LOADING = {
     "open_clip": """import open_clip
 
@@ -189,8 +186,7 @@ def describe_recipe(config: Mapping[str, Any] | None) -> str:
         (f"`{key}`", f"`{value}`")
         for name in RECIPE
         for key, value in flat.items()
-        if value is not None and (key.startswith(name) if name.endswith(".") else key == name)
-        if not key.endswith("._partial_")
+        if value is not None and f"{key}.".startswith(f"{name}.") and not key.endswith("._partial_")
     ]
     return f"## Recipe\n\n{to_table(('key', 'value'), rows)}"
 
