@@ -4,6 +4,7 @@ The blocks stay open_clip's objects with its parameters; their class is a subcla
 but for rounding. b sequences, L tokens, H heads of d dimensions, width D = H d.
 """
 
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ MAX_KEPT_LENGTH = 256
 
 MAX_COMPILED = 32
 
+Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
 Rows: TypeAlias = Tensor | slice | None  # of which tokens there is a result: int64 [b], a slice for all, or all of them
 
 
@@ -135,6 +137,44 @@ def run_blocks(transformer: Transformer, x: Tensor, rows: Tensor) -> Tensor:
     return x[:, 0]
 
 
+class VisionTower(VisionTransformer):
+    """open_clip's vision transformer, for pictures of any size: their positions are interpolated from its own."""
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)  # [b, width, rows, columns of patches]
+        positions = self.positional_embedding
+        if x.shape[-2:] != torch.Size(self.grid_size):
+            positions = resize_positions(positions, self.grid_size, (x.shape[-2], x.shape[-1]))
+        x = x.flatten(2).transpose(1, 2)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # len() would be a constant in ONNX
+        return self.ln_pre(self.patch_dropout(torch.cat([first, x], dim=1) + positions.to(x.dtype)))
+
+
+def resize_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Interpolate the positions of patches to another grid, as open_clip's `resize_pos_embed` does.
+
+    Args:
+        positions: [1 + rows * columns of the old grid, width], that of the first token before all others.
+
+    Returns:
+        [1 + rows * columns of the new grid, width].
+    """
+    weights = interpolation(old, new, positions.dtype, positions.device)
+    with torch.autocast(positions.device.type, enabled=False):
+        return torch.cat([positions[:1], weights @ positions[1:]])
+
+
+@functools.lru_cache(maxsize=16)
+def interpolation(old: Grid, new: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what turns values on a grid into those on another: [new patches, old patches].
+
+    A product with it has a gradient that is the same each time; that of torch's interpolation on a GPU is not.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        units = torch.eye(old[0] * old[1], dtype=dtype, device=device).unflatten(1, (1, *old))
+        return F.interpolate(units, new, mode="bicubic", antialias=True, align_corners=False).flatten(1).T.contiguous()
+
+
 class OwnPatchDropout(PatchDropout):
     """Draws on the device which patches stay: open_clip draws on the CPU, and the GPU waits for it."""
 
@@ -156,6 +196,8 @@ def adopt_blocks(visual: nn.Module | None, text: nn.Module | None, *, is_causal:
         is_causal: whether the text tower's mask is the causal one and nothing else.
     """
     if isinstance(visual, VisionTransformer):
+        if type(visual) is VisionTransformer:
+            visual.__class__ = VisionTower
         adopt(visual.transformer, is_causal=False)
         last = visual.transformer.resblocks[-1]
         if isinstance(last, Block):

@@ -83,8 +83,9 @@ class Monitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         if self.display:
+            accuracy = metrics.get("train/accuracy")  # squared differences alone have none
             text = (
-                f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  "
+                f"loss {metrics['train/loss']:.3f}  {'' if accuracy is None else f'accuracy {accuracy:.1%}  '}"
                 f"{samples_per_second:.0f} samples/s  data wait {metrics['throughput/data_wait']:.0%}"
             )
             self.display.update(step, text, (trainer.max_steps - step) / steps_per_second)

@@ -83,6 +83,15 @@ class LoraConfig:
 
 
 @dataclass
+class StageConfig:
+    """A stage of the curriculum."""
+
+    until: float = MISSING
+    image_size: int | None = None
+    patch_dropout: float | None = None
+
+
+@dataclass
 class LayerDecayConfig:
     """How much slower the early layers of each tower learn."""
 
@@ -138,6 +147,8 @@ class TrainConfig:
     epochs: float | None = MISSING
     steps: int | None = MISSING
     image_size: int | None = MISSING
+    curriculum: list[StageConfig] | None = MISSING
+    teacher: str | None = MISSING
     compile: bool = MISSING
     profile: bool = MISSING
     allow_targets: list[str] = field(default_factory=list)

@@ -1,4 +1,7 @@
-"""The projection head of SimCLR and SLIP: what views go through before they are compared, and what is thrown away."""
+"""What features go through before they are compared, and what no exported model has.
+
+The projection head of SimCLR and SLIP is for views; a linear layer gives features the width of a teacher's.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -39,6 +42,13 @@ class HeadOptions:
     def make(self, width: int) -> nn.Module | None:
         """Make the perceptron for features of a width, or None."""
         return ProjectionHead(width, self) if self.layers else None
+
+
+class Projection(nn.Linear):
+    """Features [b, width] to unit vectors [b, another width]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(super().forward(features), dim=-1)
 
 
 class ProjectionHead(nn.Module):

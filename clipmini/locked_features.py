@@ -1,35 +1,25 @@
-"""Computes the features of a locked image tower, once for all runs with the same tower and the same pictures.
+"""Features of a locked image tower, computed once and read in place of pictures.
 
-Each process of a node takes its share of the shards; what is there already is not done again, so that it goes on where
-it was stopped.
+LiT (https://arxiv.org/abs/2111.07991, section 3) trains a text tower beside an image tower that stays as it is: what
+that makes of a picture is the same in every epoch, if the picture is.
 """
 
 import functools
-import logging
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from clipmini import distributed
-from clipmini.console import format_seconds, track
 from clipmini.data.decode import Decoder
-from clipmini.data.features import FeatureStore, ShardPictures, name_features
+from clipmini.data.features import FeatureStore
 from clipmini.data.index import Shard
 from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import hash_weights
-from clipmini.evaluation.encoder import load_pictures, make_batches
+from clipmini.kept_features import check_precision, directory_of, encode_shard, fill
 from clipmini.launch import Launch
 from clipmini.model import encode_image, list_projection, preprocess_cfg
 from clipmini.one_tower import Model
-
-log = logging.getLogger(__name__)
-
-DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the towers, by precision
 
 
 class Transform:
@@ -88,52 +78,19 @@ def keep_features(
         UserError: the tower or the data would give other features each time.
     """
     before_projection = check_locked(model)
-    if precision not in DTYPES:
-        raise UserError(f"data.cached_features=true: goes with trainer.precision {', '.join(DTYPES)}, not {precision}")
+    of_towers = check_precision(precision, "data.cached_features=true")
+    decoder = data.decoder
     tower = model.architecture["vision_cfg"], model.architecture["embed_dim"], model.architecture.get("quick_gelu")
-    about = (hash_weights(model, "image"), tower, preprocess_cfg(model), before_projection, precision)
-    assert data.store.cache is not None
-    store = FeatureStore(Path(data.store.cache.directory) / "features" / name_features(about, data.decoder))
-    shards = list({shard.identity(): shard for source in data.manifest.sources for shard in source.shards}.values())
-    with distributed.patient():
-        missing = distributed.all_gather_objects(store.missing(shards))[distributed.rank()]
-        mine = missing[processes.rank % processes.local_world_size :: processes.local_world_size]
-        if missing:
-            log.info("computing the features of %d of %d shards, once: %s", len(missing), len(shards), store.directory)
-        start = time.perf_counter()
-        home = next(model.parameters()).device
-        encode = functools.partial(encode_image, model.to(device), before_projection=before_projection)
-        compute(encode, model, data, store, mine, device=device, dtype=DTYPES[precision], batch_size=batch_size)
-        model.to(home)
-        distributed.all_gather_objects(None)  # no process trains before all features are there
-    if missing:
-        log.info("computed in %s", format_seconds(time.perf_counter() - start))
+    about = (hash_weights(model, "image"), tower, preprocess_cfg(model), before_projection, of_towers)
+    transform = (decoder.size, repr(decoder.augmentation), decoder.draft, decoder.max_pixels)
+    store = FeatureStore(directory_of(data, (about, transform)))
+    home, was_training = next(model.parameters()).device, model.training
+    encode = functools.partial(encode_image, model.to(device).eval(), before_projection=before_projection)
+
+    def compute(shard: Shard) -> None:
+        options: Any = {"device": device, "precision": of_towers, "batch_size": batch_size}
+        store.write(shard, encode_shard(encode, Transform(decoder), data, shard, **options))
+
+    fill(store, data, processes, compute, "the features")
+    model.to(home).train(was_training)
     data.features = store
-
-
-@torch.inference_mode()
-def compute(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    model: Model,
-    data: ImageTextData,
-    store: FeatureStore,
-    shards: Sequence[Shard],
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    batch_size: int,
-) -> None:
-    """Compute and keep the features of shards."""
-    was_training = model.training
-    model.eval()
-    for shard in track(shards, len(shards), "computing features"):
-        rows: dict[int, np.ndarray] = {}
-        batches = make_batches(shard.num_samples, batch_size)
-        pictures = ShardPictures(data.store, shard)
-        for numbers, images, _ in load_pictures(pictures, Transform(data.decoder), batches, data.num_workers):
-            if numbers:
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    rows |= dict(zip(numbers, encode(images.to(device)).float().cpu().numpy(), strict=True))
-        store.write(shard, rows)
-        data.store.close_remote()
-    model.train(was_training)

@@ -58,7 +58,7 @@ class TiledInfoNCE(Function):
                 else:
                     target[rows] = (pairs * labels.probabilities(right, rows, tiles.dtype)).sum(1)
             largest, column_rival = distributed.all_reduce_max(torch.stack([column, column_rival]))
-            column = largest + distributed.all_reduce_sum((column - largest).exp()).log()
+            column = logsumexp_of_all(column, largest)
 
             mine = slice(labels.first, labels.first + len(image))
             loss = (row.mean() + column[mine].mean()) / 2 - target.mean() - labels.entropy(tiles.dtype)
@@ -165,6 +165,16 @@ def flip_right_(labels: Labels, tile: Tensor, rows: slice, right: Tensor | None)
         pairs = tile[:, : labels.size]
         pairs.copy_(torch.where(right, -pairs, pairs))
     return tile
+
+
+def logsumexp_of_all(column: Tensor, largest: Tensor | None = None) -> Tensor:
+    """Put the logsumexp of columns [B] over the rows of a process together to that over the rows of all.
+
+    Args:
+        largest: of all processes, if it is known.
+    """
+    largest = distributed.all_reduce_max(column) if largest is None else largest
+    return largest + distributed.all_reduce_sum((column - largest).exp()).log()
 
 
 def count_right(own: Tensor, row_rival: Tensor, column_rival: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmini import distributed
 from clipmini.cluster.sharding import Skeleton, checkpoint_contexts, shard_modules
-from clipmini.data.decode import FEATURES, VIEWS
+from clipmini.curriculum import Stage, set_patch_dropout, stage_at
+from clipmini.data.decode import FEATURES, TEACHER_FEATURES, VIEWS
 from clipmini.ema import AVERAGE, WeightAverage, Weights
 from clipmini.errors import UserError
 from clipmini.guard import Guard, can_skip
@@ -39,9 +40,9 @@ def rest_unused(model: Model, loss: ContrastiveLoss) -> None:
     """Freeze what no term of a loss uses: DDP would wait for its gradients."""
     if not loss.uses_scale:
         model.logit_scale.requires_grad_(False)
-    if model.logit_bias is not None and not loss.needs("text"):  # views have none
+    if model.logit_bias is not None and not loss.uses_bias:
         model.logit_bias.requires_grad_(False)
-    if loss.head is not None and "image_text" not in loss.terms:
+    if loss.head is not None and not loss.compares_embeddings:
         for parameter in list_projection(model):
             parameter.requires_grad_(False)
 
@@ -59,6 +60,8 @@ class ClipModule(pl.LightningModule):
         guard: against steps that are not finite.
         average: of the weights, or None.
         shares: of the learning rate, for parameters of the model that learn slower, by name.
+        curriculum: stages of the run, if it has some.
+        teacher: what tells it from others, kept in checkpoints; None without one.
 
     Raises:
         UserError: micro-batches that would not be exact.
@@ -76,6 +79,8 @@ class ClipModule(pl.LightningModule):
         guard: Guard,
         average: WeightAverage | None,
         shares: Mapping[str, float] | None = None,
+        curriculum: Sequence[Stage] = (),
+        teacher: Any = None,
     ) -> None:
         super().__init__()
         layers = itertools.chain(model.modules(), loss.modules())
@@ -98,6 +103,9 @@ class ClipModule(pl.LightningModule):
         self.guard = guard
         self.average = average
         self.shares = shares
+        self.curriculum = curriculum
+        self.stage: Stage | None = None
+        self.teacher = teacher
         self.scaler: Any = None  # of gradients, with precision 16-mixed
         self.skeleton: Skeleton | None = None  # of a model whose weights are in shards
         self.span: Callable[[str], contextlib.AbstractContextManager[Any]] = no_span  # of the parts of a step
@@ -136,6 +144,17 @@ class ClipModule(pl.LightningModule):
                 "counts kept in paths.cache of a node (`clipmini shards index` counts again)"
             )
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Begin a stage of the curriculum where its first step is; the data knows it by the position of samples."""
+        step = self.trainer.global_step
+        stage = stage_at(self.curriculum, step)
+        if stage is not self.stage:
+            assert stage is not None
+            set_patch_dropout(self.model, stage.patch_dropout)
+            text = "step %d: pictures of %d px and patch dropout %g, to step %d"
+            log.info(text, step, stage.image_size, stage.patch_dropout, stage.end)
+            self.stage = stage
+
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         statistics = (buffer for layer in self.batch_norms for buffer in layer.buffers())
         self.guard.protect([self.model.logit_scale, *statistics])
@@ -143,7 +162,8 @@ class ClipModule(pl.LightningModule):
         scale = self.model.logit_scale.exp()
         with self.span("loss"):
             ids = {name: batch[f"{key}_id"] for name, key in CAPTIONS.items() if key in batch}
-            result = self.loss(features, scale=scale, bias=self.model.logit_bias, ids=ids)
+            compared = features | {name: batch[name] for name in TEACHER_FEATURES if name in batch}
+            result = self.loss(compared, scale=scale, bias=self.model.logit_bias, ids=ids)
         self.last = {name: value.detach() for name, value in result.items()} | {"scale": scale.detach()}
         return self.guard.mark(result["loss"], features.values())
 
@@ -184,7 +204,7 @@ class ClipModule(pl.LightningModule):
             for name, of_batch in CAPTIONS.items():
                 if of_batch in inputs:
                     features[name] = encode_text(self.model, inputs[of_batch], inputs.get(f"{of_batch}_length"))
-        return features
+        return features | self.loss.project(features)
 
     def encode_views(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode views of pictures, and those that are compared with each other through the head, if there is one.
@@ -199,7 +219,7 @@ class ClipModule(pl.LightningModule):
                 continue
             before = encode_image(self.model, image, before_projection=True)
             features[COMPARED[compared.index(name)]] = self.loss.head(before)
-            if "image_text" in self.loss.terms:
+            if self.loss.compares_embeddings:
                 features[name] = project_image(self.model, before)
         if compared and self.loss.head is None:
             features |= dict(zip(COMPARED, (features[name] for name in compared), strict=True))
@@ -259,6 +279,7 @@ class ClipModule(pl.LightningModule):
         checkpoint["open_clip_config"] = open_clip_config(self.model)
         self.guard.read(self.trainer.global_step)
         checkpoint["bad_steps"] = self.guard.state_dict()
+        checkpoint["teacher"] = self.teacher
         if self.average is not None:
             checkpoint |= self.average.state_dict()
 

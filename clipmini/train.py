@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,24 +18,26 @@ import clipmini
 from clipmini import launch
 from clipmini.blocks import compile_blocks
 from clipmini.checkpoints import disk, resume
+from clipmini.checkpoints.saving import SaveCheckpoints
 from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals
 from clipmini.cluster.hangs import explain_lost_process, record_collectives
 from clipmini.config import build, build_all, check_all
-from clipmini.console import format_seconds, log_rows, log_table, set_up_logging
+from clipmini.console import format_seconds, log_rows, set_up_logging
+from clipmini.curriculum import read_curriculum, size_limits
 from clipmini.data.captions import SAME
-from clipmini.data.health import read_causes
 from clipmini.data.loader import ImageTextData
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import WeightAverage, Weights, check_weights
 from clipmini.errors import Stopped, UserError
 from clipmini.evaluation.datasets import Opened, open_sets
+from clipmini.evaluation.encoder import Interrupted
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import log_results
 from clipmini.evaluation.tasks import make_protocol
 from clipmini.evaluation.validation import read_held_out
-from clipmini.evaluation_callback import Evaluation
+from clipmini.evaluation_callback import Evaluation, find_callbacks
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.guard import Guard
 from clipmini.locked_features import keep_features
@@ -50,9 +51,11 @@ from clipmini.model import (
     width_before_projection,
 )
 from clipmini.module import ClipModule
-from clipmini.one_tower import Model, Towers, text_tower, towers_of
+from clipmini.one_tower import OTHER, Model, towers_of
 from clipmini.redaction import redact
+from clipmini.run_log import describe_inputs, log_files, log_health
 from clipmini.sources import EXPORTED, load_start
+from clipmini.teacher import Teacher, keep_teacher_features, load_teacher
 from clipmini.towers import decay_learning_rates
 
 log = logging.getLogger(__name__)
@@ -94,22 +97,34 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
     opened = open_sets(read_entries(datasets, "evaluation.datasets"), with_train=bool(cfg.evaluation.probes))
     data = build_data(cfg, processes)
+    teacher = load_teacher(cfg.teacher, build(cfg, "loss"))
     pl.seed_everything(cfg.seed, verbose=False)
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
-    module = build_module(cfg, config, processes, total_steps)
+    module = build_module(cfg, config, processes, total_steps, teacher)
     tokenize = create_tokenizer(module.model.architecture)
     check_second_pass(data, module.model)
     size = image_size(module.model)
-    data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps)
-    evaluation = build_evaluation(cfg, opened, data, module.model, tokenize, run)
+    limits = size_limits(module.curriculum, cfg.batch_size)
+    if limits and cfg.data.cached_features:
+        raise UserError(
+            "curriculum: pictures of several sizes, and data.cached_features=true keeps those of one: unset one"
+        )
+    data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps, size_limits=limits)
+    evaluation = build_evaluation(cfg, opened, data, module, tokenize, run)
     trainer = build_trainer(cfg, processes, total_steps, evaluation)
-    if cfg.data.cached_features:
-        precision = launch.choose_precision(cfg.trainer.precision, launch.choose_accelerator(cfg.trainer.accelerator))
-        device = trainer.strategy.root_device
-        size = cfg.evaluation.batch_size
-        keep_features(module.model, data, processes, device=device, precision=precision, batch_size=size)
+    precision = launch.choose_precision(cfg.trainer.precision, launch.choose_accelerator(cfg.trainer.accelerator))
+    options = {"device": trainer.strategy.root_device, "precision": precision, "batch_size": cfg.evaluation.batch_size}
     if newest:
         resume.check_same_model(open_clip_config(module.model), newest)
+        resume.check_same_teacher(module.teacher, newest)
+    try:
+        if cfg.data.cached_features:
+            keep_features(module.model, data, processes, **options)
+        if teacher is not None:
+            keep_teacher_features(teacher, data, processes, **options)
+            del teacher
+    except Interrupted:
+        stop_before_training(trainer)
 
     if processes.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -122,6 +137,17 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     evaluation.evaluate_at_end(trainer, module)
     log_results(evaluation.rows)
     log_files(run, towers_of(module.model))
+
+
+def stop_before_training(trainer: pl.Trainer) -> None:
+    """End a run that was asked to stop before its first step; what has been computed for it stays.
+
+    Raises:
+        Stopped: always.
+    """
+    for saving in find_callbacks(trainer, SaveCheckpoints):
+        saving.stop(0)
+    raise Stopped("stopped before the first step; the same command goes on from there")
 
 
 def export(trainer: pl.Trainer, module: ClipModule, run: Path) -> None:
@@ -165,21 +191,25 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     return build(cfg, "data", terms=tuple(loss.terms), all_views=loss.all_views, **known)
 
 
-def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int) -> ClipModule:
+def build_module(
+    cfg: DictConfig, config: dict[str, Any], processes: launch.Launch, total_steps: int, teacher: Teacher | None = None
+) -> ClipModule:
     """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
     loss = build(cfg, "loss")
     start = load_start(cfg.model.pretrained, cfg.model.name).model if cfg.model.pretrained else None
     given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
     model = build(cfg, "model", start=start, towers=loss.towers, **given)
-    if cfg.lora.rank and start is None:
-        raise UserError(f"lora.rank={cfg.lora.rank}: changes weights that stay as they are: set model.pretrained")
+    check_start(cfg, start)
     del start
     add_lora(model, **cfg.lora)
     if loss.needs_head:
         loss.add_head(width_before_projection(model))
+    if teacher is not None:
+        loss.add_teacher(model.architecture["embed_dim"], teacher.width, teacher.scale)
     accelerator = launch.choose_accelerator(cfg.trainer.accelerator)
     if launch.can_synchronize_batch_norm(processes, accelerator):
         model, loss = synchronize_batch_norm(model), synchronize_batch_norm(loss)
+    curriculum = read_curriculum(cfg.curriculum, model, total_steps)  # it runs the image tower: before that is compiled
     if cfg.compile:
         launch.check_compiler(accelerator)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cfg.paths.cache, "compiled"))
@@ -194,6 +224,8 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
         guard=Guard(batch_size=cfg.batch_size, **cfg.bad_steps),
         average=None if cfg.ema.decay is None else WeightAverage(**cfg.ema),
         shares=decay_learning_rates(model, cfg.layer_decay),
+        curriculum=curriculum,
+        teacher=None if teacher is None else teacher.fingerprint,
     )
     launch.check_sharding(
         cfg.trainer.strategy,
@@ -208,8 +240,24 @@ def build_module(cfg: DictConfig, config: dict[str, Any], processes: launch.Laun
     return module
 
 
+def check_start(cfg: DictConfig, start: Model | None) -> None:
+    """See that what goes on from trained weights has some.
+
+    Raises:
+        UserError: it has none.
+    """
+    towers = cfg.model.pretrained_towers
+    if start is None and towers != "both":
+        raise UserError(f"model.pretrained_towers={towers}: set model.pretrained, which is null")
+    if start is None and cfg.lora.rank:
+        raise UserError(f"lora.rank={cfg.lora.rank}: changes weights that stay as they are: set model.pretrained")
+    if cfg.lora.rank and towers != "both" and cfg.lora[OTHER[towers]] != []:
+        key = f"lora.{OTHER[towers]}"
+        raise UserError(f"{key}: this tower begins as it is made, by model.pretrained_towers={towers}: set {key}=[]")
+
+
 def build_evaluation(
-    cfg: DictConfig, opened: list[Opened], data: ImageTextData, model: Model, tokenize: Tokenize, run: Path
+    cfg: DictConfig, opened: list[Opened], data: ImageTextData, module: ClipModule, tokenize: Tokenize, run: Path
 ) -> Evaluation:
     """Make what evaluates the run while it trains, and at its end.
 
@@ -222,9 +270,10 @@ def build_evaluation(
         raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
     protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False})
     evaluator = Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision)
-    evaluator.check_towers(model)
+    evaluator.check_towers(module.model)
     held_out = None
     if data.held_out is not None:
+        module.loss.check_judged()
         known = {"seed": cfg.seed, "group_size": cfg.batch_size, "max_bad_fraction": data.max_bad_fraction}
         held_out = read_held_out(data.held_out, data.store, data.content, **known)
     return Evaluation(
@@ -324,12 +373,6 @@ def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: I
     )
 
 
-def describe_inputs(model: Model) -> str:
-    """Say what a model takes: the size of its pictures, and that it takes no captions, or captions only."""
-    size = image_size(model)
-    return "captions only" if not size else f"{size} px" + (", pictures only" if text_tower(model) is None else "")
-
-
 def check_second_pass(data: ImageTextData, model: Model) -> None:
     """See that two passes of one caption differ.
 
@@ -344,33 +387,3 @@ def check_second_pass(data: ImageTextData, model: Model) -> None:
             f"data.second_caption_key={SAME}: the text tower has no dropout, so that two passes of a caption are the "
             "same: take one that has (model.text_cfg.hf_model_name), or another caption"
         )
-
-
-def log_health(quarantine: Path, samples_seen: int) -> None:
-    """Say how many samples could not be used, and why."""
-    causes = Counter(cause for _, cause in read_causes(quarantine))
-    if not causes:
-        log.info("data health: all of %s samples were good", f"{samples_seen:,}")
-        return
-    rows = [(cause, f"{count:,}", f"{count / samples_seen:.3%}") for cause, count in causes.most_common()]
-    log_table(f"Bad samples of {samples_seen:,}", ("cause", "samples", "share"), rows)
-
-
-def log_files(run: Path, towers: Towers) -> None:
-    """Name each file of the run."""
-    whole, one = 'open_clip.create_model_and_transforms("local-dir:{run}/model")', "for model.pretrained={run}"
-    what = {
-        "config.yaml": "the config",
-        "train.log": "this output",
-        "metrics.csv": "loss, accuracy, scale, learning rate, gradient norm, throughput by step",
-        "tensorboard": "the same for `tensorboard --logdir {run}`",
-        "quarantine.jsonl": "samples that could not be used",
-        "ledger": "step, position and key of every sample",
-        "profile": "where the time of a step goes: a table, and a trace for chrome://tracing",
-        "results.jsonl": "the table above",
-        "checkpoints": "to go on from",
-        "model_average": "the same as below, with the average of the weights",
-        "model": whole if towers == "both" else f"the {towers} tower, {one}",
-    }
-    near = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
-    log_rows({str(near / name): text.format(run=near) for name, text in what.items() if (run / name).exists()})

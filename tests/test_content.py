@@ -55,7 +55,7 @@ def test_as_much_is_read_as_is_compared(
             {"extra_views": 1},
             "data.extra_views=1: must be at most 0, only image_image, or loss.all_views",
         ),
-        (["image_image"], {"extra_views": 2}, "data.extra_views=2: must be at most 1, without image_text nothing"),
+        (["image_image"], {"extra_views": 2}, "extra_views=2: must be at most 1, image_image compares two views, and"),
         (["image_image"], {"extra_views": 0}, "data.extra_views=0: loss.terms.image_image compares two views"),
         (["image_image", "image_text"], {"extra_views": 3}, "data.extra_views=3: must be from 0 to 2"),
         (

@@ -13,6 +13,7 @@ from conftest import in_processes, make_head
 from forked import run_forked
 from runs import final_state, options, run
 from safetensors.torch import load_file
+from test_distillation import TERMS, make_taught_batch
 from test_model import write_json
 from test_module import assert_equal, make_batch, make_module
 from test_terms import ALL_TERMS, make_views
@@ -58,6 +59,7 @@ def make_cases(directory: Path) -> dict[str, dict[str, Any]]:
         "Hugging Face": {"path": write_json(directory / "hf.json", text_cfg=hugging_face), "micro_batch": 2},
         "locked": {"path": plain, "lock_image": True},
         "views": {"path": plain, "micro_batch": 2, "terms": ALL_TERMS, "head": make_head(layers=2)},
+        "taught": {"path": plain, "micro_batch": 2, "terms": TERMS, "teacher_width": 5},
         "locked below": {"path": plain, "micro_batch": 2, "frozen": r"resblocks\.0|embedding|conv1"},
         "low rank": {"path": plain, "micro_batch": 2, "has_lora": True},
     }
@@ -73,6 +75,8 @@ def make_case(
         parameter.requires_grad_(not re.search(str(frozen), name))
     if has_lora:
         add_lora(module.model, rank=2, alpha=4.0, image=None, text=["c_fc"])
+    if "teacher_width" in case:
+        return module, make_taught_batch(PAIRS)
     return module, make_views(PAIRS) if "terms" in case else make_batch(PAIRS, module.model.visual.image_size[0])
 
 

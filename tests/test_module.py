@@ -29,6 +29,7 @@ def make_module(
     loss: str = "infonce",
     duplicates: Duplicates = "ignore",
     lock_image: bool = False,
+    teacher_width: int | None = None,
     **changes: Any,
 ) -> ClipModule:
     """Make a module in float64, so that sums in another order are equal to 1e-12; changes are of the loss."""
@@ -36,6 +37,8 @@ def make_module(
     model = make_model(path, init_bias=objective.init_bias, lock_image=lock_image).train()
     if objective.needs_head:
         objective.add_head(width_before_projection(model))
+    if teacher_width is not None:
+        objective.add_teacher(model.architecture["embed_dim"], teacher_width, 30.0)
     module = ClipModule(
         model,
         objective,

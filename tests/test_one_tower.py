@@ -162,7 +162,7 @@ def write_bert(directory: Path, dropout: float) -> str:
         ([*PICTURES, "layer_decay.text=0.5"], "layer_decay.text=0.5 needs the text tower"),
         (
             [*PICTURES, "data.train=SHARDS/a.tar", "data.val=SHARDS/b.tar"],
-            "data.val: no term of loss.terms compares captions",
+            "data.val: no term of loss.terms makes captions like",
         ),
         ([*PICTURES, "evaluation.datasets=[CLASSES]"], "the set seven.*, without probes=.knn. .*needs the text tower"),
         ([*CAPTIONS, "evaluation.datasets=[CLASSES]"], "the set .* needs the image tower, and the model has only"),

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 # What makes a checkpoint of one config useless to another; the rest may change between a run and its continuation.
 IDENTITY = (
-    *("seed", "batch_size", "image_size", "model", "optimizer", "layer_decay", "lora"),
+    *("seed", "batch_size", "image_size", "curriculum", "teacher", "model", "optimizer", "layer_decay", "lora"),
     *(f"loss.{name}" for name in ("kind", "init_scale", "init_bias", "max_scale", "duplicates", "terms")),
     *(f"loss.{name}" for name in ("temperatures", "head", "all_views")),
     *(
@@ -57,6 +57,22 @@ def check_same_model(now: Mapping[str, Any], path: Path) -> None:
     then = disk.load_part(path)["open_clip_config"]
     if differences := list_differences(flatten(now), flatten(then)):
         raise UserError(f"{path} is of another model; choose another name=, or give back: {'; '.join(differences)}")
+
+
+def check_same_teacher(now: Any, path: Path) -> None:
+    """Refuse a checkpoint of a run that learned from another teacher, as where that one was trained on since.
+
+    Args:
+        now: what tells the teacher from others, or None without one.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if now != disk.load_part(path).get("teacher"):
+        raise UserError(
+            f"{path} has learned from another teacher: its weights or its model have changed; give them back, as by a "
+            "checkpoint of that run in place of the run, or choose another name="
+        )
 
 
 def log_resume(path: Path, world_size: int) -> None:

@@ -90,6 +90,17 @@ class Captions:
             value = value[draws.below(len(value))]
         return check_caption(value, key)
 
+    def list_first(self, members: Mapping[str, bytes]) -> list[str]:
+        """Return every caption that `draw` may return."""
+        found = []
+        for key in self.probabilities:
+            with contextlib.suppress(Fault):
+                value = read_value(members, key)
+                for caption in value if isinstance(value, list) else [value]:
+                    with contextlib.suppress(Fault):
+                        found.append(check_caption(caption, key))
+        return found
+
     def draw_second(self, members: Mapping[str, bytes], draws: Draws, first: str) -> str:
         """Return another caption; of a list of captions, each that is not the first one is as likely.
 

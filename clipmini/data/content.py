@@ -8,12 +8,25 @@ from clipmini.data.decode import VIEWS
 from clipmini.data.index import IMAGE_EXTENSIONS, PairFormat
 from clipmini.errors import UserError
 
-TERMS = {"image_text": ("image", "text"), "image_image": ("image",), "text_text": ("text",)}  # what kinds of pairs need
+TERMS = {  # what kinds of pairs need
+    "image_text": ("image", "text"),
+    "image_image": ("image",),
+    "text_text": ("text",),
+    "image_teacher": ("image",),
+    "text_teacher": ("text",),
+    "image_text_teacher": ("image", "text"),
+}
+TEACHER = "_teacher"  # how the names of those end that compare with what a teacher makes
 
 
 def needs(terms: Collection[str], tower: str) -> bool:
     """Say whether any kind of pairs needs what a tower, `image` or `text`, makes."""
     return any(tower in TERMS[name] for name in terms)
+
+
+def needs_teacher(terms: Collection[str], tower: str) -> bool:
+    """Say whether any kind of pairs compares with what a teacher's tower makes."""
+    return needs([name for name in terms if name.endswith(TEACHER)], tower)
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,15 @@ def count_views(terms: Collection[str], all_views: bool, extra_views: int | None
         UserError: some would be compared with nothing, or there are not enough.
     """
     check_range("extra_views", extra_views, 0, len(VIEWS) - 1)
-    compared, with_text = "image_image" in terms, "image_text" in terms
+    compared, all_views = "image_image" in terms, all_views and "image_text" in terms
+    alone = not any(needs([name], "image") for name in terms if name != "image_image")
     extra = (1 if compared else 0) if extra_views is None else extra_views
     if not needs(terms, "image"):
         limit, reason = 0, "no term of loss.terms compares pictures"
     elif not compared:
         limit, reason = len(VIEWS) - 1 if all_views else 0, "only image_image, or loss.all_views, compares them"
     else:
-        limit, reason = 2 if with_text else 1, "without image_text nothing compares the first view with another"
+        limit, reason = 1 if alone else 2, "image_image compares two views, and nothing else any"
     if extra > limit:
         raise UserError(f"data.extra_views={extra}: must be at most {limit}, {reason}")
     if compared and not extra:
@@ -85,7 +99,7 @@ def check_captions(terms: Collection[str], all_views: bool, captions: Captions) 
     Raises:
         UserError: there are not.
     """
-    with_text = [name for name in terms if "text" in name]
+    with_text = [name for name in terms if needs([name], "text")]
     if with_text and not captions.probabilities:
         raise UserError(
             f"data.caption_key=null: loss.terms.{with_text[0]} compares captions: name where they are, or set "
@@ -96,7 +110,9 @@ def check_captions(terms: Collection[str], all_views: bool, captions: Captions) 
             "data.second_caption_key=null: loss.terms.text_text compares two captions: name where the second is (the "
             f"key of a list takes two of it), or {SAME} for two passes of one caption through a tower with dropout"
         )
-    if captions.second_key is not None and "text_text" not in terms and not all_views:
+    if captions.hard_negatives is not None and "image_text" not in terms:
+        raise UserError(f"data.hard_negatives={captions.hard_negatives}: only loss.terms.image_text compares them")
+    if captions.second_key is not None and "text_text" not in terms and not (all_views and "image_text" in terms):
         raise UserError(
             f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
         )

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from clipmini.data.decode import Decoder, Example
-from clipmini.data.features import FeatureStore
+from clipmini.data.features import FeatureStore, TeacherFeatures
 from clipmini.data.health import MAX_IN_A_ROW, BadSample, Fault
 from clipmini.data.index import Shard
 from clipmini.data.manifest import Manifest
@@ -34,6 +34,7 @@ class PairDataset(Dataset):
         *,
         with_keys: bool = False,
         features: FeatureStore | None = None,
+        teacher: TeacherFeatures | None = None,
     ) -> None:
         self.manifest = manifest
         self.plan = plan
@@ -41,6 +42,7 @@ class PairDataset(Dataset):
         self.decoder = decoder
         self.with_keys = with_keys
         self.features = features
+        self.teacher = teacher
         self.blocks: set[tuple[int, int, int, int]] = set()  # of the last batch: source, epoch, stream and block
 
     def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Batch:
@@ -84,9 +86,13 @@ class PairDataset(Dataset):
     def decode(self, shard: Shard, index: int, position: int) -> Example:
         """Read and decode a sample; where its features are kept, in place of its picture."""
         if self.features is None:
-            return self.decoder.decode(self.store.read(shard, index), position)
-        members = self.store.read(shard, index, only=self.store.pair_format.caption_extensions)
-        return self.decoder.decode(members, position, self.features.read(shard, index))
+            example = self.decoder.decode(self.store.read(shard, index), position)
+        else:
+            members = self.store.read(shard, index, only=self.store.pair_format.caption_extensions)
+            example = self.decoder.decode(members, position, self.features.read(shard, index))
+        if self.teacher is None:
+            return example
+        return example._replace(teacher=self.teacher.read(shard, index, example.captions))
 
     def prefetch(self, places: Places) -> None:
         """Have remote shards fetched in the background: of this batch, then of the next block of each stream."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from clipmini.data.tokenizer import Tokenize
 
 VIEWS = ("image", "image_2", "image_3")  # of a picture, by their names in a batch
 FEATURES = "image_features"  # in place of them, for a tower that is locked
+TEACHER_FEATURES = ("teacher_image", "teacher_text")  # beside them, what a teacher makes of pictures and captions
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Example(NamedTuple):
 
     views: list[Tensor]  # of its picture, uint8 [3, size, size]; or, in place of it, its features, fp32 [D]
     captions: dict[str, str]  # by their names in a batch
+    teacher: Mapping[str, Tensor] = MappingProxyType({})  # a teacher's features, fp32 [D], by their names in a batch
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Decoder:
 
     Attributes:
         size: pixels of the picture.
+        size_limits: the position of a sample up to which pictures have another size, and that, in ascending order.
         seed: with the position, the whole state of every random choice.
         max_pixels: larger pictures are refused.
         draft: `auto` decodes large JPEGs at a part of their size, `off` never does.
@@ -76,6 +80,11 @@ class Decoder:
     draft: Literal["auto", "off"]
     view_augmentation: Augmentation
     num_views: int
+    size_limits: tuple[tuple[int, int], ...] = ()
+
+    def size_at(self, position: int) -> int:
+        """Return the pixels of the picture at a position."""
+        return next((size for end, size in self.size_limits if position < end), self.size)
 
     def decode(self, members: Mapping[str, bytes], position: int, features: Tensor | None = None) -> Example:
         """Decode a sample.
@@ -101,12 +110,12 @@ class Decoder:
                     picture = Picture(data, max_pixels=self.max_pixels)
                 draws = draws if number == 0 else Draws(self.seed, position, number)
                 augmentation = self.view_augmentation if number else self.augmentation
-                yield self.make_view(picture, augmentation, draws)
+                yield self.make_view(picture, augmentation, draws, self.size_at(position))
 
-    def make_view(self, picture: Picture, augmentation: Augmentation, draws: Draws) -> Tensor:
+    def make_view(self, picture: Picture, augmentation: Augmentation, draws: Draws, size: int) -> Tensor:
         """Crop, resize and change a picture: uint8 [3, size, size]."""
         box = augmentation.draw_box(picture.width, picture.height, draws)
-        return augmentation.change(picture.crop(box, self.size, draft=self.draft), draws)
+        return augmentation.change(picture.crop(box, size, draft=self.draft), draws)
 
     def fixed_view(self, data: bytes) -> Tensor:
         """Return the view of a picture where nothing is random: uint8 [3, size, size].
@@ -114,14 +123,15 @@ class Decoder:
         Raises:
             Fault: the picture cannot be decoded.
         """
-        return self.make_view(Picture(data, max_pixels=self.max_pixels), self.augmentation, Draws(self.seed, 0))
+        picture = Picture(data, max_pixels=self.max_pixels)
+        return self.make_view(picture, self.augmentation, Draws(self.seed, 0), self.size)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch.
 
         image, image_2, image_3 uint8 [b, 3, size, size], as many as there are views, or image_features fp32 [b, D];
         text, text_2, negative_text int64 [b, context], those that there are, and text_id and so on int64 [b]: equal
-        captions have equal ones, 0 where a sample has no hard negative.
+        captions have equal ones, 0 where a sample has no hard negative; teacher_image, teacher_text fp32 [b, D].
         """
         views = zip(*(example.views for example in examples), strict=True)
         batch = {name: torch.stack(of_all) for name, of_all in zip(VIEWS, views, strict=False)}
@@ -130,4 +140,6 @@ class Decoder:
         for name in examples[0].captions:
             captions = [example.captions[name] for example in examples]
             batch |= {name: self.tokenize(captions), f"{name}_id": caption_ids(captions)}
+        for name in examples[0].teacher:
+            batch[name] = torch.stack([example.teacher[name] for example in examples])
         return batch

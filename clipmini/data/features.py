@@ -1,8 +1,4 @@
-"""Features of a locked image tower, computed once for all pairs and read in place of their pictures.
-
-LiT (https://arxiv.org/abs/2111.07991, section 3) trains a text tower beside an image tower that stays as it is: what
-that makes of a picture is the same in every epoch, if the picture is.
-"""
+"""Features that stay the same for a whole run, computed once for all pairs: of a locked image tower, of a teacher."""
 
 import hashlib
 import io
@@ -17,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmini.data.decode import Decoder
+import clipmini
 from clipmini.data.health import Fault
 from clipmini.data.index import Shard
 from clipmini.data.store import ShardStore
@@ -27,12 +23,11 @@ MAX_OPEN = 256  # files of features that a process has mapped
 
 
 @dataclass
-class FeatureStore:
-    """Reads the features of pictures.
+class ShardArrays:
+    """Keeps an array for each shard, in a file of its own that is there whole or not at all.
 
     Attributes:
-        directory: of one tower and one way to prepare pictures; a file for each shard, fp32 [pairs, D], NaN where there
-            is no picture that can be used.
+        directory: of all that the arrays depend on but the shard.
     """
 
     directory: Path
@@ -42,8 +37,36 @@ class FeatureStore:
         return {"directory": self.directory, "files": OrderedDict()}
 
     def path(self, shard: Shard) -> Path:
-        """Return where the features of a shard lie, or would lie."""
+        """Return where the array of a shard lies, or would lie."""
         return self.directory / f"{shard.identity()}.npy"
+
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards that have none yet."""
+        return [shard for shard in shards if not self.path(shard).is_file()]
+
+    def open(self, shard: Shard) -> np.ndarray:
+        """Map the array of a shard.
+
+        Raises:
+            Fault: nothing of the shard could be read, so that it has none.
+        """
+        if shard.path not in self.files:
+            if not self.path(shard).is_file():
+                raise Fault("missing_shard", "it could not be read when features were computed")
+            if len(self.files) >= MAX_OPEN:
+                self.files.popitem(last=False)
+            self.files[shard.path] = np.load(self.path(shard), mmap_mode="r", allow_pickle=False)
+        return self.files[shard.path]
+
+    def save(self, shard: Shard, array: np.ndarray) -> None:
+        """Keep the array of a shard; if the process is killed, none of it."""
+        content = io.BytesIO()
+        np.save(content, array)
+        write_atomically(self.path(shard), content.getvalue())
+
+
+class FeatureStore(ShardArrays):
+    """Features of pictures: fp32 [pairs, D] for each shard, NaN where there is no picture that can be used."""
 
     def read(self, shard: Shard, index: int) -> Tensor:
         """Return the features of a picture: fp32 [D].
@@ -51,28 +74,76 @@ class FeatureStore:
         Raises:
             Fault: there is no picture that can be used.
         """
-        if shard.path not in self.files:
-            if len(self.files) >= MAX_OPEN:
-                self.files.popitem(last=False)
-            self.files[shard.path] = np.load(self.path(shard), mmap_mode="r", allow_pickle=False)
-        found = self.files[shard.path]
+        found = self.open(shard)
         if index >= len(found) or np.isnan(found[index, 0]):
-            raise Fault("picture", "it could not be used when its features were computed")
+            raise Fault("picture", f"it could not be used when its features were computed, {self.path(shard)}")
         return torch.from_numpy(np.array(found[index]))
 
-    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Return the shards that have no features yet."""
-        return [shard for shard in shards if not self.path(shard).is_file()]
-
     def write(self, shard: Shard, rows: Mapping[int, np.ndarray]) -> None:
-        """Keep the features of a whole shard, by the number of a pair; if the process is killed, none of them."""
-        width = len(next(iter(rows.values()))) if rows else 1
+        """Keep the features of a whole shard, by the number of a pair; of none nothing: the next run tries again."""
+        if not rows:
+            return
+        width = len(next(iter(rows.values())))
         features = np.full((shard.num_samples, width), np.nan, np.float32)
         for number, row in rows.items():
             features[number] = row
-        content = io.BytesIO()
-        np.save(content, features)
-        write_atomically(self.path(shard), content.getvalue())
+        self.save(shard, features)
+
+
+class CaptionFeatureStore(ShardArrays):
+    """Features of captions: for each shard those of all that may be drawn, by hashes of them in ascending order."""
+
+    def read(self, shard: Shard, caption: str) -> Tensor:
+        """Return the features of a caption: fp32 [D].
+
+        Raises:
+            Fault: it was not there when they were computed.
+        """
+        found, wanted = self.open(shard), hash_caption(caption)
+        row = int(np.searchsorted(found["hash"], wanted))
+        if row >= len(found) or found["hash"][row] != wanted:
+            raise Fault("caption", f"it was not there when its features were computed, {self.path(shard)}")
+        return torch.from_numpy(np.array(found["features"][row]))
+
+    def write(self, shard: Shard, rows: Mapping[str, np.ndarray]) -> None:
+        """Keep the features of all captions of a shard; of none nothing, as with pictures."""
+        if not rows:
+            return
+        width = len(next(iter(rows.values())))
+        found = np.empty(len(rows), [("hash", np.uint64), ("features", np.float32, (width,))])
+        for number, (caption, row) in enumerate(sorted(rows.items(), key=lambda item: hash_caption(item[0]))):
+            found[number] = hash_caption(caption), row
+        self.save(shard, found)
+
+
+def hash_caption(caption: str) -> np.uint64:
+    """Hash a caption as it is: a tokenizer may tell small letters from capitals."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little"))
+
+
+@dataclass(frozen=True)
+class TeacherFeatures:
+    """What a teacher makes of the pairs that a run compares with it.
+
+    Attributes:
+        pictures, captions: None where no term of the loss compares them.
+    """
+
+    pictures: FeatureStore | None
+    captions: CaptionFeatureStore | None
+
+    def read(self, shard: Shard, index: int, captions: Mapping[str, str]) -> dict[str, Tensor]:
+        """Return the features of a pair by their names in a batch: fp32 [D] each.
+
+        Raises:
+            Fault: the teacher could not use it.
+        """
+        found = {}
+        if self.pictures is not None:
+            found["teacher_image"] = self.pictures.read(shard, index)
+        if self.captions is not None:
+            found["teacher_text"] = self.captions.read(shard, captions["text"])
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,8 +166,13 @@ class ShardPictures:
         return self.shard.identity()
 
 
-def name_features(about: Any, decoder: Decoder) -> str:
-    """Return a name for features: another tower, of which `about` tells, or other pictures have another one."""
-    transform = [decoder.size, repr(decoder.augmentation), decoder.draft, decoder.max_pixels]
-    content = json.dumps([about, transform], sort_keys=True, default=str)
+def name_features(about: Any, store: ShardStore) -> str:
+    """Return a name for features by all that they depend on but the shard.
+
+    Args:
+        about: what they are of.
+        store: what makes a pair, and so the number of each, and which members are too large to be read.
+    """
+    pairs = (store.pair_format.caption_extensions, store.pair_format.image_extensions, store.max_member_bytes)
+    content = json.dumps([clipmini.__version__, about, pairs], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

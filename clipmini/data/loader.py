@@ -15,7 +15,7 @@ from clipmini.data.cache import ShardCache
 from clipmini.data.content import Content, check_range
 from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Decoder
-from clipmini.data.features import FeatureStore
+from clipmini.data.features import FeatureStore, TeacherFeatures
 from clipmini.data.health import Health
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
@@ -249,6 +249,7 @@ class ImageTextData(pl.LightningDataModule):
         self.view_augmentation = view_augmentation or augmentation
         self.draft = draft
         self.features: FeatureStore | None = None
+        self.teacher: TeacherFeatures | None = None
         if cached_features:
             check_same_each_time(augmentation, self.content)
         self.max_pixels = max_pixels
@@ -262,7 +263,15 @@ class ImageTextData(pl.LightningDataModule):
         self.seed = seed
         check_batch_size(batch_size, self.manifest)
 
-    def prepare(self, *, tokenize: Tokenize, padding: int | None, size: int, num_steps: int) -> None:
+    def prepare(
+        self,
+        *,
+        tokenize: Tokenize,
+        padding: int | None,
+        size: int,
+        num_steps: int,
+        size_limits: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Take what the model and the length of the run decide.
 
         Args:
@@ -270,6 +279,7 @@ class ImageTextData(pl.LightningDataModule):
             padding: the token that may be cut off the end of captions, if the model has one.
             size: pixels of its pictures.
             num_steps: batches of the whole run.
+            size_limits: see `Decoder`.
         """
         self.padding = padding
         self.decoder = Decoder(
@@ -282,6 +292,7 @@ class ImageTextData(pl.LightningDataModule):
             draft=self.draft,
             view_augmentation=self.view_augmentation,
             num_views=self.content.num_views,
+            size_limits=size_limits,
         )
         self.num_steps = num_steps
 
@@ -294,7 +305,13 @@ class ImageTextData(pl.LightningDataModule):
         """Make the loader of a rank."""
         return TrainLoader(
             PairDataset(
-                self.manifest, self.plan, self.store, self.decoder, with_keys=self.ledger, features=self.features
+                self.manifest,
+                self.plan,
+                self.store,
+                self.decoder,
+                with_keys=self.ledger,
+                features=self.features,
+                teacher=self.teacher,
             ),
             batch_size=self.batch_size,
             num_steps=self.num_steps,

@@ -23,7 +23,7 @@ from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.prompts import Prompts
-from clipmini.model import Model, encode_image, encode_text, padding
+from clipmini.model import Model, encode_image, encode_text, image_size, padding, preprocess_cfg
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_UNREADABLE = 0.01  # of the pictures of a set
@@ -67,6 +67,12 @@ class AnyTransform(Protocol):
     def size(self) -> int: ...
 
     def __call__(self, data: bytes) -> Tensor: ...
+
+
+def evaluation_transform(model: Model) -> EvaluationTransform:
+    """Return how a model's pictures are prepared where nothing is random."""
+    preprocess = preprocess_cfg(model)
+    return EvaluationTransform(image_size(model), preprocess["resize_mode"], preprocess["interpolation"])
 
 
 class PictureDataset(Dataset):

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 
 from clipmini import distributed
-from clipmini.data.decode import EvaluationTransform
 from clipmini.data.tokenizer import Tokenize
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
-from clipmini.evaluation.encoder import PRECISIONS, Encoder
+from clipmini.evaluation.encoder import PRECISIONS, Encoder, evaluation_transform
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
-from clipmini.model import Model, image_size, preprocess_cfg
+from clipmini.model import Model, preprocess_cfg
 from clipmini.one_tower import check_has
 
 
@@ -70,11 +69,8 @@ class Evaluator:
     ) -> Encoder:
         """Make what encodes with a model, which must be on the device; see `Encoder`."""
         self.check_towers(model)
-        preprocess = preprocess_cfg(model)
-        size = image_size(model)
-        transform = EvaluationTransform(size, preprocess["resize_mode"], preprocess["interpolation"])
         options = (self.batch_size, self.num_workers, device, self.precision, cache, is_asked_to_stop)
-        return Encoder(model, tokenize, transform, *options)
+        return Encoder(model, tokenize, evaluation_transform(model), *options)
 
     def run(self, encoder: Encoder, known: Sequence[Row], about: Mapping[str, Any]) -> Iterator[Result]:
         """Yield the results on each set as they are found, the same on every process.

@@ -59,10 +59,6 @@ def read_held_out(
         UserError: too many of them cannot be used, or there are none to compare.
     """
     captions, extensions = content.captions, content.pair_format.caption_extensions
-    if not extensions:
-        raise UserError(
-            "data.val: no term of loss.terms compares captions: set null, and evaluation.datasets with probes"
-        )
     places: list[tuple[Shard, int]] = []
     texts: list[dict[str, str]] = []
     faults: list[str] = []
@@ -101,7 +97,7 @@ def validate(held_out: HeldOut, encoder: Encoder, loss: ContrastiveLoss) -> dict
     order of the shards neighbours may be alike, and would be harder to tell apart than those of a training batch.
     """
     model, captions, features = encoder.model, dict(held_out.captions), {}
-    if "image_text" in loss.terms:
+    if loss.judged == "image_text":
         encoded = encoder.pictures(held_out)
         features["image"] = encoded.features
         captions = {"text": tuple(captions["text"][number] for number in encoded.kept.tolist())}
