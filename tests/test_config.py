@@ -11,9 +11,11 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 from pytorch_lightning.loggers import WandbLogger
+from test_model import make_model
 
 from clipmini import config, launch, train
 from clipmini.errors import UserError
+from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.one_tower import text_tower
 
 Compose = Callable[..., DictConfig]
@@ -62,6 +64,10 @@ def test_choice_builds(
     own_data = choice == "experiment=sample"
     data = [] if own_data else [f"data.train={shards}"]
     cfg = compose(choice, "batch_size=64", f"paths.run={tmp_path}", *model, *data)
+    if cfg.model.pretrained:  # which is not here
+        is_sample = choice.startswith("experiment=sample")
+        export_open_clip(make_model("sample_resnet" if is_sample else str(tiny_json)), tmp_path / "start")
+        cfg.model.update({"name": None, "pretrained": str(tmp_path / "start"), "text_cfg": None})
     if choice == "trainer=gpu":  # this choice must stop on a machine without a GPU
         cfg.trainer.accelerator = "cpu"
 
