@@ -99,7 +99,7 @@ def test_processes_micro_batches_and_workers_make_the_same_run(
         "schedule.warmup_steps=0",
         f"evaluation.datasets=[{classification_set}]",
     ]
-    kinds = [(1, "null", 0), (1, "4", 2), (1, "3", 0), (2, "null", 2), (2, "4", 0), (2, "3", 2)]
+    kinds = [(1, "null", 0), (1, "3", 2), (2, "null", 2), (2, "4", 0)]
     runs = []
     for number, (world_size, micro_batch, num_workers) in enumerate(kinds):
         runs.append(tmp_path / str(number))
