@@ -1,7 +1,7 @@
 """Inputs of contrastive losses, and the losses as the papers write them, one pair after the other."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from clipmini.losses import info_nce, siglip
 
 LOSSES = ("infonce", "siglip")
 MODES = ("ignore", "mask", "share")
+Share: TypeAlias = tuple[Tensor, list[Tensor], Tensor]  # of a process: the loss, gradients of all inputs, the accuracy
 
 
 def make_inputs(
@@ -98,3 +99,13 @@ def peak_bytes(action: Callable[[], Any]) -> int:
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+def assert_mean_is(whole: Share, parts: Sequence[Share]) -> None:
+    """Compare what DDP makes of processes with one process: the mean over them, of losses and of gradients."""
+    loss, gradients, accuracy = whole
+    torch.testing.assert_close(torch.stack([part[0] for part in parts]).mean(), loss, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.stack([part[2] for part in parts]).mean(), accuracy)
+    for number, gradient in enumerate(gradients):
+        mean = torch.stack([part[1][number] for part in parts]).mean(dim=0)
+        torch.testing.assert_close(mean, gradient, rtol=0, atol=1e-12)

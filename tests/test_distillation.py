@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import in_processes, make_head, make_objective
-from contrast import make_inputs, peak_bytes
-from test_module import assert_equal, gradients, make_batch, make_module, slice_of_a_process
+from contrast import assert_mean_is, make_inputs, peak_bytes
+from test_module import assert_equal, gradients, gradients_under_ddp, make_batch, make_module, slice_of_a_process
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from clipmini import distributed
 from clipmini.distillation import feature_distance, similarity_distillation
@@ -189,13 +188,7 @@ def share_of_a_process() -> tuple[Tensor, list[Tensor], Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
-    loss, expected, accuracy = share_of_a_process()
-    found = in_processes(world_size, share_of_a_process, tmp_path)
-    torch.testing.assert_close(torch.stack([part[0] for part in found]).mean(), loss, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.stack([part[2] for part in found]).mean(), accuracy)
-    for number, gradient in enumerate(expected):
-        mean = torch.stack([part[1][number] for part in found]).mean(dim=0)
-        torch.testing.assert_close(mean, gradient, rtol=0, atol=1e-12)
+    assert_mean_is(share_of_a_process(), in_processes(world_size, share_of_a_process, tmp_path))
 
 
 def make_taught_batch(rows: int) -> Tensors:
@@ -205,23 +198,8 @@ def make_taught_batch(rows: int) -> Tensors:
 
 
 def gradients_of_a_process(path: str, micro_batch: int | None, options: dict[str, Any]) -> Tensors:
-    """Return the gradients that DDP leaves on this rank; it raises where a parameter has none."""
     module = make_module(path, micro_batch=micro_batch, terms=TERMS, teacher_width=5, **options)
-    batch = slice_of_a_process(make_taught_batch(12))
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self) -> Tensor:
-            return self.module.training_step(batch, 0)
-
-    step: nn.Module = DistributedDataParallel(Step()) if distributed.is_distributed() else Step()
-    for _ in range(2):
-        module.zero_grad()
-        step().backward()
-    return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    return gradients_under_ddp(module, slice_of_a_process(make_taught_batch(12)))
 
 
 LOCKED_SIGLIP = {"loss": "siglip", "lock_image": True}

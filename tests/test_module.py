@@ -10,7 +10,7 @@ import torch
 from conftest import in_processes, make_guard, make_objective
 from contrast import LOSSES, MODES, peak_bytes
 from test_model import make_model, write_json
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipmini import distributed
@@ -147,6 +147,24 @@ def test_micro_batches_hold_the_activations_of_one_at_a_time(tmp_path: Path) -> 
 
 def slice_of_a_process(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.chunk(distributed.world_size())[distributed.rank()] for name, values in batch.items()}
+
+
+def gradients_under_ddp(module: ClipModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients that DDP leaves on this rank; it raises where a parameter has none."""
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self) -> Tensor:
+            return self.module.training_step(batch, 0)
+
+    step: nn.Module = DistributedDataParallel(Step()) if distributed.is_distributed() else Step()
+    for _ in range(2):
+        module.zero_grad()
+        step().backward()
+    return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
 
 
 def steps_of_a_process(path: str, micro_batch: int | None, loss: str, duplicates: Duplicates) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import in_processes
-from contrast import peak_bytes
+from contrast import assert_mean_is, peak_bytes
 from lightly.loss import NTXentLoss
 from torch import Tensor
 
@@ -103,14 +103,7 @@ def share_of_a_process() -> tuple[Tensor, list[Tensor], Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_equal_one(world_size: int, tmp_path: Path) -> None:
-    loss, expected, accuracy = share_of_a_process()
-    found = in_processes(world_size, share_of_a_process, tmp_path)
-    # What DDP does: the mean over the processes, of losses and of gradients.
-    torch.testing.assert_close(torch.stack([part[0] for part in found]).mean(), loss, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.stack([part[2] for part in found]).mean(), accuracy)
-    for number, gradient in enumerate(expected):
-        mean = torch.stack([part[1][number] for part in found]).mean(dim=0)
-        torch.testing.assert_close(mean, gradient, rtol=0, atol=1e-12)
+    assert_mean_is(share_of_a_process(), in_processes(world_size, share_of_a_process, tmp_path))
 
 
 def refusal_of_a_process() -> str:

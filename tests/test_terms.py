@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from conftest import in_processes, make_head, make_objective
 from contrast import LOSSES, call, make_inputs
 from test_model import make_model, write_json
-from test_module import assert_equal, gradients, make_batch, make_module, make_pictures, slice_of_a_process
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from test_module import (
+    assert_equal,
+    gradients,
+    gradients_under_ddp,
+    make_batch,
+    make_module,
+    make_pictures,
+    slice_of_a_process,
+)
+from torch import Tensor
 
-from clipmini import distributed
 from clipmini.data.captions import caption_ids
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
@@ -130,23 +136,8 @@ def test_micro_batches_equal_the_whole_batch(micro_batch: int, loss: str, tiny_j
 
 
 def gradients_of_a_process(path: str, micro_batch: int | None, terms: dict[str, float]) -> dict[str, Tensor]:
-    """Return the gradients that DDP leaves on this rank; it raises where a parameter has none."""
     module = make_module(path, micro_batch=micro_batch, terms=terms, head=HEAD)
-    batch = slice_of_a_process(make_views(12))
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self) -> Tensor:
-            return self.module.training_step(batch, 0)
-
-    step: nn.Module = DistributedDataParallel(Step()) if distributed.is_distributed() else Step()
-    for _ in range(2):
-        module.zero_grad()
-        step().backward()
-    return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    return gradients_under_ddp(module, slice_of_a_process(make_views(12)))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(2, None), (2, 4), (3, 3)])
