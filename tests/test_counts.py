@@ -1,5 +1,6 @@
 """Where the numbers of pairs come from, in which order, and when they are too old to be used."""
 
+import functools
 import json
 import os
 import shutil
@@ -118,6 +119,8 @@ def test_ctrl_c_does_not_wait_for_servers(copy: Path, tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # Shells have what they start in the background ignore Ctrl-C, and these tests may be.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         while not server.requests["a.tar"]:
             assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
