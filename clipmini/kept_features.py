@@ -16,7 +16,7 @@ import torch
 from clipmini import distributed
 from clipmini.cluster import signals
 from clipmini.console import format_seconds, track
-from clipmini.data.features import ShardArrays, ShardPictures, name_features
+from clipmini.data.features import FeatureStore, ShardArrays, ShardPictures, name_features
 from clipmini.data.index import Shard
 from clipmini.data.loader import ImageTextData
 from clipmini.errors import ProcessLost, UserError
@@ -92,6 +92,23 @@ def take_turn(compute: Callable[[Shard], None], shards: Sequence[Shard]) -> None
         raise ProcessLost("another process of this run could not compute its part of the features")
     if any(is_asked for _, is_asked in found):
         raise Interrupted
+
+
+def fill_pictures(
+    store: FeatureStore,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    transform: AnyTransform,
+    data: ImageTextData,
+    processes: Launch,
+    what: str,
+    **options: Any,
+) -> None:
+    """Compute the features of pictures that a store has not; see `fill`, and `encode_shard` for the options."""
+
+    def compute(shard: Shard) -> None:
+        store.write(shard, encode_shard(encode, transform, data, shard, **options))
+
+    fill(store, data, processes, compute, what)
 
 
 @torch.inference_mode()

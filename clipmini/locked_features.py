@@ -5,18 +5,16 @@ that makes of a picture is the same in every epoch, if the picture is.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import nn
 
 from clipmini.data.decode import Decoder
 from clipmini.data.features import FeatureStore
-from clipmini.data.index import Shard
 from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import hash_weights
-from clipmini.kept_features import check_precision, directory_of, encode_shard, fill
+from clipmini.kept_features import check_precision, directory_of, fill_pictures
 from clipmini.launch import Launch
 from clipmini.model import encode_image, list_projection, preprocess_cfg
 from clipmini.one_tower import Model
@@ -86,11 +84,7 @@ def keep_features(
     store = FeatureStore(directory_of(data, (about, transform)))
     home, was_training = next(model.parameters()).device, model.training
     encode = functools.partial(encode_image, model.to(device).eval(), before_projection=before_projection)
-
-    def compute(shard: Shard) -> None:
-        options: Any = {"device": device, "precision": of_towers, "batch_size": batch_size}
-        store.write(shard, encode_shard(encode, Transform(decoder), data, shard, **options))
-
-    fill(store, data, processes, compute, "the features")
+    options = {"device": device, "precision": of_towers, "batch_size": batch_size}
+    fill_pictures(store, encode, Transform(decoder), data, processes, "the features", **options)
     model.to(home).train(was_training)
     data.features = store

@@ -3,16 +3,13 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clipmini import distributed
 from clipmini.data.content import needs_teacher
-from clipmini.data.decode import EvaluationTransform
 from clipmini.data.features import CaptionFeatureStore, FeatureStore, TeacherFeatures
 from clipmini.data.health import Fault
 from clipmini.data.index import Shard
@@ -20,7 +17,7 @@ from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import Tower, hash_weights
 from clipmini.evaluation.encoder import Encoder, evaluation_transform
-from clipmini.kept_features import check_precision, directory_of, encode_shard, fill
+from clipmini.kept_features import check_precision, directory_of, fill, fill_pictures
 from clipmini.launch import Launch
 from clipmini.model import Model, encode_image, preprocess_cfg
 from clipmini.objective import ContrastiveLoss
@@ -114,32 +111,20 @@ def keep_teacher_features(
     """
     precision = check_precision(precision, "teacher")
     model, pictures, captions = teacher.model.to(device), None, None
+    transform = evaluation_transform(model)
     options: Any = {"device": device, "precision": precision, "batch_size": batch_size}
     if teacher.image:
         about: Any = ("image", teacher.fingerprint, precision)
         pictures = FeatureStore(directory_of(data, about))
-        transform, encode = evaluation_transform(model), functools.partial(encode_image, model)
-        compute = functools.partial(compute_pictures, encode, transform, data, pictures, options)
-        fill(pictures, data, processes, compute, "the teacher's features of pictures")
+        encode, what = functools.partial(encode_image, model), "the teacher's features of pictures"
+        fill_pictures(pictures, encode, transform, data, processes, what, **options)
     if teacher.text:
         about = ("text", teacher.fingerprint, precision, sorted(data.content.captions.probabilities))
         captions = CaptionFeatureStore(directory_of(data, about))
-        encoder = Encoder(model, teacher.source.tokenizer(), evaluation_transform(model), num_workers=0, **options)
+        encoder = Encoder(model, teacher.source.tokenizer(), transform, num_workers=0, **options)
         compute = functools.partial(compute_captions, encoder, data, captions)
         fill(captions, data, processes, compute, "the teacher's features of captions")
     data.teacher = TeacherFeatures(pictures, captions)
-
-
-def compute_pictures(
-    encode: Callable[[Tensor], Tensor],
-    transform: EvaluationTransform,
-    data: ImageTextData,
-    store: FeatureStore,
-    options: Any,
-    shard: Shard,
-) -> None:
-    """Compute and keep the features of the pictures of a shard."""
-    store.write(shard, encode_shard(encode, transform, data, shard, **options))
 
 
 def compute_captions(encoder: Encoder, data: ImageTextData, store: CaptionFeatureStore, shard: Shard) -> None:
