@@ -60,6 +60,7 @@ class Content:
         Raises:
             UserError: it is not there, or there is more than the loss compares.
         """
+        all_views = all_views and "image_text" in terms  # which is what compares them
         captions = Captions.from_key(caption_key if needs(terms, "text") else None, hard_negatives, second_caption_key)
         check_captions(terms, all_views, captions)
         return cls(captions, count_views(terms, all_views, extra_views))
@@ -77,7 +78,7 @@ def count_views(terms: Collection[str], all_views: bool, extra_views: int | None
         UserError: some would be compared with nothing, or there are not enough.
     """
     check_range("extra_views", extra_views, 0, len(VIEWS) - 1)
-    compared, all_views = "image_image" in terms, all_views and "image_text" in terms
+    compared = "image_image" in terms
     alone = not any(needs([name], "image") for name in terms if name != "image_image")
     extra = (1 if compared else 0) if extra_views is None else extra_views
     if not needs(terms, "image"):
@@ -112,7 +113,7 @@ def check_captions(terms: Collection[str], all_views: bool, captions: Captions) 
         )
     if captions.hard_negatives is not None and "image_text" not in terms:
         raise UserError(f"data.hard_negatives={captions.hard_negatives}: only loss.terms.image_text compares them")
-    if captions.second_key is not None and "text_text" not in terms and not (all_views and "image_text" in terms):
+    if captions.second_key is not None and "text_text" not in terms and not all_views:
         raise UserError(
             f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
         )
