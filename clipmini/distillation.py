@@ -80,9 +80,9 @@ class TiledDistillation(Function):
                 own[rows] = labels.own(tile, rows)
                 row_rival[rows], rival = labels.rivals(tile, rows, None)
                 column_rival = torch.maximum(column_rival, rival)
-            of_all = logsumexp_of_all(teacher_column)
+            column, of_all = logsumexp_of_all(torch.stack([column, teacher_column]))
             column_gap = distributed.all_reduce_sum(column_gap * (teacher_column - of_all).exp())
-            column, teacher_column = logsumexp_of_all(column), of_all
+            teacher_column = of_all
 
             mine = slice(labels.first, labels.first + count)
             by_row, by_column = row_gap + row - teacher_row, (column_gap + column - teacher_column)[mine]

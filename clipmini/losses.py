@@ -168,7 +168,7 @@ def flip_right_(labels: Labels, tile: Tensor, rows: slice, right: Tensor | None)
 
 
 def logsumexp_of_all(column: Tensor, largest: Tensor | None = None) -> Tensor:
-    """Put the logsumexp of columns [B] over the rows of a process together to that over the rows of all.
+    """Put the logsumexp of columns [..., B] over the rows of a process together to that over the rows of all.
 
     Args:
         largest: of all processes, if it is known.
