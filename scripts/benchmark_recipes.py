@@ -36,11 +36,11 @@ class Measured:
 
     Attributes:
         scores: zero-shot top-1 of each set.
-        speed: samples a second.
+        speed: samples a second; None of what was not trained.
     """
 
     scores: dict[str, float]
-    speed: float
+    speed: float | None
 
 
 class Runs:
@@ -68,7 +68,11 @@ class Runs:
     def tell(self, name: str) -> None:
         last = self.found[name][-1]
         scores = "  ".join(f"{of} {score:.1f}" for of, score in last.scores.items())
-        print(f"{name}: {scores}  {last.speed:.0f} samples/s", flush=True)
+        print(f"{name}: {scores}{'' if last.speed is None else f'  {last.speed:.0f} samples/s'}", flush=True)
+
+    def speeds(self, name: str) -> list[float]:
+        """Return the samples a second of all seeds of a run that is trained."""
+        return [run.speed for run in self.found[name] if run.speed is not None]
 
     def row(self, name: str, sets: Sequence[str]) -> list[str]:
         """Return the scores of all seeds of a run for a table."""
@@ -117,7 +121,7 @@ def finetune(runs: Runs, seeds: Sequence[int]) -> None:
         sets = full / "styles.yaml"
         sets.write_text(json.dumps(describe_styles()))  # JSON is yaml too
         call("evaluate", f"model={wise}", f"datasets=[{sets}]", f"output={results}", "probes=[]")
-        runs.found.setdefault("WiSE-FT 0.5", []).append(Measured(read_scores(results), 0.0))
+        runs.found.setdefault("WiSE-FT 0.5", []).append(Measured(read_scores(results), None))
         runs.tell("WiSE-FT 0.5")
     print()
     ways = ("before", "full", "layer decay", "LoRA", "LiT", "WiSE-FT 0.5")
@@ -137,10 +141,10 @@ def compare(runs: Runs, seeds: Sequence[int], ways: dict[str, tuple[str, ...]]) 
         for way, overrides in ways.items():
             runs.train(way, seed, *overrides)
     rows = []
-    first = runs.found[next(iter(ways))]
+    first = runs.speeds(next(iter(ways)))
     for way in ways:
-        speeds = [run.speed for run in runs.found[way]]
-        ratio = statistics.median(run.speed / other.speed for run, other in zip(runs.found[way], first, strict=True))
+        speeds = runs.speeds(way)
+        ratio = statistics.median(one / other for one, other in zip(speeds, first, strict=True))
         rows.append([*runs.row(way, ["twemoji"]), f"{statistics.median(speeds):.0f}", f"x {ratio:.2f}"])
     print()
     print_table(("", "twemoji", "samples/s", ""), rows)
