@@ -16,11 +16,27 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train a model; takes Hydra overrides, and --help for all keys and choices",
+    "check": "what would make a run fail or waste it, before it is queued; takes train's overrides",
     "evaluate": "judge a model on sets of pictures; takes overrides, and --help for all keys",
     "export": "write a model for open_clip, transformers or ONNX; takes overrides",
-    "shards": "pack, index or verify shards, or print the plan of a run; --help for more",
+    "report": "write the page of a run: report RUN",
+    "compare": "tell what differs between runs: compare A B ...",
+    "embed": "pictures and texts to vectors, for search or for other programs; takes overrides",
+    "search": "find what is nearest to a text or a picture: search INDEX QUERY",
+    "serve": "a page on this machine to search with: serve INDEX",
+    "shards": "pack, index or verify shards, find evaluation sets in them, or print the plan of a run; --help for more",
 }
-MODULES = {"evaluate": "clipmini.evaluate", "export": "clipmini.export.run", "shards": "clipmini.shards.command"}
+MODULES = {
+    "check": "clipmini.check.command:run",
+    "evaluate": "clipmini.evaluate:run",
+    "export": "clipmini.export.run:run",
+    "report": "clipmini.report.command:run",
+    "compare": "clipmini.report.command:compare",
+    "embed": "clipmini.search.embed:run",
+    "search": "clipmini.search.command:run",
+    "serve": "clipmini.search.server:run",
+    "shards": "clipmini.shards.command:run",
+}
 
 
 class Defect(BaseException):
@@ -74,11 +90,11 @@ def run_command(parsed: argparse.Namespace) -> int:
     from clipmini.config import config_file
 
     if parsed.command != "shards" and {"-h", "--help"} & set(parsed.overrides):
-        print(config_file(parsed.command).read_text(), end="")
+        print(config_file("train" if parsed.command == "check" else parsed.command).read_text(), end="")
         return 0
-    module = importlib.import_module(MODULES[parsed.command])
+    module, _, function = MODULES[parsed.command].partition(":")
     try:
-        return module.run(parsed.overrides)
+        return getattr(importlib.import_module(module), function)(parsed.overrides)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(explain(error)) from error
 

@@ -1,4 +1,4 @@
-"""Configuration: the schema of our own keys, where the yaml files lie, and the only place that instantiates."""
+"""Configuration: where the yaml files lie, what composes and checks them, and the only place that instantiates."""
 
 import argparse
 import functools
@@ -6,7 +6,8 @@ import os
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,204 +18,18 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from clipmini import hydra_checks, redaction
-from clipmini.errors import UserError
+from clipmini.errors import UserError, did_you_mean
 from clipmini.files import write_atomically
+from clipmini.schemas import COMMANDS, POSITIONAL, TrainConfig
 from clipmini.targets import PARTIAL, TARGET, Allowed, check_names, check_node, check_targets, make_factory
 
+TYPO = 0.75  # likeness to a key above which KEY=VALUE is no value without a key
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the yaml files inside the package, a checkout beside it.
 CONFIG_DIR = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-
-
-@dataclass
-class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
-
-    every_n_steps: int = MISSING
-    every_n_minutes: float | None = MISSING
-    every_n_samples: int | None = MISSING
-    keep_last: int = MISSING
-    keep_every_n_steps: int | None = MISSING
-    background: bool = MISSING
-    retries: int = MISSING
-    retry_seconds: float = MISSING
-    max_failures: int = MISSING
-    parts_timeout: float = MISSING
-
-
-@dataclass
-class PreemptionConfig:
-    """How signals stop a run."""
-
-    check_every_seconds: float = MISSING
-    requeue: bool = MISSING
-
-
-@dataclass
-class TimeoutsConfig:
-    """How long the processes of a run wait for one another, in seconds."""
-
-    start: float = MISSING
-    step: float = MISSING
-    stacks: float = MISSING
-
-
-@dataclass
-class BadStepsConfig:
-    """When a step changes nothing, and how many of those a run may have."""
-
-    max_in_a_row: int = MISSING
-    skip_spikes: bool = MISSING
-    window: int = MISSING
-    sigmas: float = MISSING
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank changes of a trained model's weights."""
-
-    rank: int = MISSING
-    alpha: float = MISSING
-    image: list[str] | None = MISSING
-    text: list[str] | None = MISSING
-
-
-@dataclass
-class StageConfig:
-    """A stage of the curriculum."""
-
-    until: float = MISSING
-    image_size: int | None = None
-    patch_dropout: float | None = None
-
-
-@dataclass
-class LayerDecayConfig:
-    """How much slower the early layers of each tower learn."""
-
-    image: float = MISSING
-    text: float = MISSING
-
-
-@dataclass
-class AverageConfig:
-    """The average of the weights over the steps."""
-
-    decay: float | None = MISSING
-    warmup: bool = MISSING
-
-
-@dataclass
-class EvaluationConfig:
-    """What a model is judged by while it trains, and at the end."""
-
-    datasets: list[Any] = field(default_factory=list)
-    batch_size: int = MISSING
-    precision: str = MISSING
-    probes: list[str] = MISSING
-    probe_features: str = MISSING
-    knn_k: int = MISSING
-    knn_temperature: float = MISSING
-    l2: float | None = MISSING
-    bootstrap_resamples: int = MISSING
-    at_start: bool = MISSING
-    every_n_steps: int | None = MISSING
-    best_metric: str | None = MISSING
-    weights: str = MISSING
-
-
-@dataclass
-class PathsConfig:
-    """Where things lie; `run` is the directory of this run, `cache` one of this node."""
-
-    sample: str = MISSING
-    output: str = MISSING
-    run: str = MISSING
-    cache: str = MISSING
-
-
-@dataclass
-class TrainConfig:
-    """The keys of `clipmini train`; a group typed `dict` is checked against the signature of its `_target_`."""
-
-    name: str = MISSING
-    seed: int = MISSING
-    batch_size: int = MISSING
-    micro_batch: int | None = MISSING
-    epochs: float | None = MISSING
-    steps: int | None = MISSING
-    image_size: int | None = MISSING
-    curriculum: list[StageConfig] | None = MISSING
-    teacher: str | None = MISSING
-    compile: bool = MISSING
-    profile: bool = MISSING
-    allow_targets: list[str] = field(default_factory=list)
-    data: dict[str, Any] = MISSING
-    model: dict[str, Any] = MISSING
-    loss: dict[str, Any] = MISSING
-    optimizer: dict[str, Any] = MISSING
-    schedule: dict[str, Any] = MISSING
-    trainer: dict[str, Any] = MISSING
-    callbacks: dict[str, Any] = MISSING
-    logger: dict[str, Any] = MISSING
-    layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
-    ema: AverageConfig = field(default_factory=AverageConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
-    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    paths: PathsConfig = field(default_factory=PathsConfig)
-
-
-@dataclass
-class EvaluateConfig:
-    """The keys of `clipmini evaluate`."""
-
-    model: str = MISSING
-    architecture: str | None = MISSING
-    weights: str = MISSING
-    datasets: list[Any] = MISSING
-    output: str = MISSING
-    again: bool = MISSING
-    batch_size: int = MISSING
-    num_workers: int | None = MISSING
-    precision: str = MISSING
-    device: str = MISSING
-    probes: list[str] = MISSING
-    probe_features: str = MISSING
-    knn_k: int = MISSING
-    knn_temperature: float = MISSING
-    l2: float | None = MISSING
-    bootstrap_resamples: int = MISSING
-    seed: int = MISSING
-    shuffled: bool = MISSING
-    details: str | None = MISSING
-    details_format: str = MISSING
-    clip_benchmark: str | None = MISSING
-    compare_to: str | None = MISSING
-    check: bool = MISSING
-    watch: bool = MISSING
-    best_metric: str | None = MISSING
-    poll_seconds: float = MISSING
-    cache: str | None = MISSING
-
-
-@dataclass
-class ExportConfig:
-    """The keys of `clipmini export`."""
-
-    model: str = MISSING
-    architecture: str | None = MISSING
-    weights: str = MISSING
-    wise: float | None = MISSING
-    format: str = MISSING
-    output: str = MISSING
-    license: str | None = MISSING
 
 
 class CheckedConfigLoader(ConfigLoaderImpl):
@@ -236,7 +51,7 @@ class CheckedConfigLoader(ConfigLoaderImpl):
 def register() -> None:
     """Make schemas, the `package:` resolver and our checks known to Hydra; must run before a config is composed."""
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
-    for name, schema in (("train", TrainConfig), ("evaluate", EvaluateConfig), ("export", ExportConfig)):
+    for name, schema in {"train": TrainConfig, **COMMANDS}.items():
         ConfigStore.instance().store(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE / name), replace=True)
 
@@ -269,6 +84,38 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     register()
     with initialize_config_dir(str(config_file(name).parent), version_base="1.3"):
         return hydra_compose(name, list(overrides))
+
+
+def read_options(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Compose the config of a command, and return it as plain data.
+
+    What is given without the name of its key (`POSITIONAL`) is taken as it is: it is no override of Hydra's.
+
+    Raises:
+        UserError: an unknown key, or more values than keys.
+    """
+    known = [entry.name for entry in fields(COMMANDS[name])]
+    overrides = [word for word in arguments if "=" in word and word.partition("=")[0].split(".")[0] in known]
+    values = [word for word in arguments if word not in overrides]
+    named = {word.partition("=")[0] for word in overrides}
+    keys = [key for key in POSITIONAL.get(name, ()) if key.removesuffix("...") not in named]
+    positional = {key.removesuffix("..."): key.endswith("...") for key in keys}
+    surplus = [] if any(positional.values()) else values[len(positional) :]
+    typos = [word for word in values if "=" in word and get_close_matches(word.partition("=")[0], known, cutoff=TYPO)]
+    named_values = [word for word in values if surplus and re.match(r"[+~]*[a-z_.]+=", word)]
+    for word in (*typos, *named_values, *surplus):
+        key = word.partition("=")[0]
+        what = f"unknown key {key}{did_you_mean(key, known)}" if "=" in word else f"{word}: what is it?"
+        raise UserError(f"{what}; there are {', '.join(known)}")
+    cfg = compose(name, overrides)
+    given: dict[str, Any] = {}
+    for key, is_many in positional.items():
+        if values:
+            given[key] = values if is_many else values.pop(0)
+            cfg[key] = given[key][:0]  # as it is, it might be taken for an interpolation
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(content, dict)
+    return {str(key): given.get(str(key), value) for key, value in content.items()}
 
 
 @functools.cache

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -55,8 +56,7 @@ def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False)
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").propagate = False  # other people's advice: in the file, not on the screen
-    if is_first:
-        logging.getLogger("py.warnings").addHandler(handlers[-1])
+    logging.getLogger("py.warnings").addHandler(handlers[-1] if is_first and file else logging.NullHandler())
 
 
 def log_rows(rows: Mapping[str, str]) -> None:
@@ -66,13 +66,21 @@ def log_rows(rows: Mapping[str, str]) -> None:
         log.info("%s  %s", name.ljust(width), value)
 
 
-def log_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Log a table."""
-    table = Table(title=title, title_justify="left")
+def log_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, wraps: bool = False) -> None:
+    """Log a table.
+
+    Args:
+        wraps: whether columns are text, of which the last is broken where the screen ends.
+    """
+    table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        justify: JustifyMethod = "left" if number == 0 or wraps else "right"
+        is_broken = wraps and number == len(columns) - 1
+        table.add_column(
+            column, justify=justify, no_wrap=wraps and not is_broken, overflow="fold" if wraps else "ellipsis"
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     with console.capture() as capture:
         console.print(table)
     log.info("%s", capture.get().rstrip())

@@ -1,0 +1,314 @@
+"""The keys of each command and their types; a key that is not here, or a value of another type, is refused."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_n_steps: int = MISSING
+    every_n_minutes: float | None = MISSING
+    every_n_samples: int | None = MISSING
+    keep_last: int = MISSING
+    keep_every_n_steps: int | None = MISSING
+    background: bool = MISSING
+    retries: int = MISSING
+    retry_seconds: float = MISSING
+    max_failures: int = MISSING
+    parts_timeout: float = MISSING
+
+
+@dataclass
+class PreemptionConfig:
+    """How signals stop a run."""
+
+    check_every_seconds: float = MISSING
+    requeue: bool = MISSING
+
+
+@dataclass
+class TimeoutsConfig:
+    """How long the processes of a run wait for one another, in seconds."""
+
+    start: float = MISSING
+    step: float = MISSING
+    stacks: float = MISSING
+
+
+@dataclass
+class BadStepsConfig:
+    """When a step changes nothing, and how many of those a run may have."""
+
+    max_in_a_row: int = MISSING
+    skip_spikes: bool = MISSING
+    window: int = MISSING
+    sigmas: float = MISSING
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank changes of a trained model's weights."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+    image: list[str] | None = MISSING
+    text: list[str] | None = MISSING
+
+
+@dataclass
+class StageConfig:
+    """A stage of the curriculum."""
+
+    until: float = MISSING
+    image_size: int | None = None
+    patch_dropout: float | None = None
+
+
+@dataclass
+class LayerDecayConfig:
+    """How much slower the early layers of each tower learn."""
+
+    image: float = MISSING
+    text: float = MISSING
+
+
+@dataclass
+class AverageConfig:
+    """The average of the weights over the steps."""
+
+    decay: float | None = MISSING
+    warmup: bool = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    """What a model is judged by while it trains, and at the end."""
+
+    datasets: list[Any] = field(default_factory=list)
+    batch_size: int = MISSING
+    precision: str = MISSING
+    probes: list[str] = MISSING
+    probe_features: str = MISSING
+    knn_k: int = MISSING
+    knn_temperature: float = MISSING
+    l2: float | None = MISSING
+    bootstrap_resamples: int = MISSING
+    at_start: bool = MISSING
+    every_n_steps: int | None = MISSING
+    best_metric: str | None = MISSING
+    weights: str = MISSING
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; `run` is the directory of this run, `cache` one of this node."""
+
+    sample: str = MISSING
+    output: str = MISSING
+    run: str = MISSING
+    cache: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """The keys of `clipmini train`; a group typed `dict` is checked against the signature of its `_target_`."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    batch_size: int = MISSING
+    micro_batch: int | None = MISSING
+    epochs: float | None = MISSING
+    steps: int | None = MISSING
+    image_size: int | None = MISSING
+    curriculum: list[StageConfig] | None = MISSING
+    teacher: str | None = MISSING
+    compile: bool = MISSING
+    profile: bool = MISSING
+    allow_targets: list[str] = field(default_factory=list)
+    data: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    trainer: dict[str, Any] = MISSING
+    callbacks: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+    layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    ema: AverageConfig = field(default_factory=AverageConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """The keys of `clipmini evaluate`."""
+
+    model: str = MISSING
+    architecture: str | None = MISSING
+    weights: str = MISSING
+    datasets: list[Any] = MISSING
+    output: str = MISSING
+    again: bool = MISSING
+    batch_size: int = MISSING
+    num_workers: int | None = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    probes: list[str] = MISSING
+    probe_features: str = MISSING
+    knn_k: int = MISSING
+    knn_temperature: float = MISSING
+    l2: float | None = MISSING
+    bootstrap_resamples: int = MISSING
+    seed: int = MISSING
+    shuffled: bool = MISSING
+    details: str | None = MISSING
+    details_format: str = MISSING
+    clip_benchmark: str | None = MISSING
+    compare_to: str | None = MISSING
+    check: bool = MISSING
+    watch: bool = MISSING
+    best_metric: str | None = MISSING
+    poll_seconds: float = MISSING
+    cache: str | None = MISSING
+
+
+@dataclass
+class ExportConfig:
+    """The keys of `clipmini export`."""
+
+    model: str = MISSING
+    architecture: str | None = MISSING
+    weights: str = MISSING
+    wise: float | None = MISSING
+    format: str = MISSING
+    output: str = MISSING
+    license: str | None = MISSING
+
+
+@dataclass
+class CacheConfig:
+    """Where remote shards are kept, and how they are reached; see `clipmini.data.cache`."""
+
+    directory: str = MISSING
+    max_bytes: int | None = MISSING
+    fetch_timeout: float = MISSING
+    stall_timeout: float = MISSING
+    storage_options: dict[str, Any] | None = MISSING
+
+
+@dataclass
+class EmbedConfig:
+    """The keys of `clipmini embed`."""
+
+    model: str = MISSING
+    architecture: str | None = MISSING
+    weights: str = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    image_key: str | None = MISSING
+    caption_key: str | None = MISSING
+    metadata: bool = MISSING
+    rows_per_partition: int = MISSING
+    long_texts: str = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    num_workers: int | None = MISSING
+    max_member_bytes: int = MISSING
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+@dataclass
+class SearchConfig:
+    """The keys of `clipmini search`."""
+
+    index: str = MISSING
+    query: str = MISSING
+    among: str | None = MISSING
+    top_k: int = MISSING
+    model: str | None = MISSING
+    device: str = MISSING
+    output: str | None = MISSING
+    approximate: bool = MISSING
+
+
+@dataclass
+class ServeConfig:
+    """The keys of `clipmini serve`."""
+
+    index: str = MISSING
+    port: int = MISSING
+    among: str | None = MISSING
+    top_k: int = MISSING
+    model: str | None = MISSING
+    device: str = MISSING
+    pictures: str | None = MISSING
+    max_upload: int = MISSING
+
+
+@dataclass
+class ReportConfig:
+    """The keys of `clipmini report`."""
+
+    run: str = MISSING
+    output: str | None = MISSING
+
+
+@dataclass
+class CompareConfig:
+    """The keys of `clipmini compare`."""
+
+    runs: list[str] = MISSING
+    output: str = MISSING
+
+
+@dataclass
+class LeaksConfig:
+    """The keys of `clipmini shards leaks`."""
+
+    train: Any = MISSING
+    eval: Any = MISSING
+    output: str = MISSING
+    details: str | None = MISSING
+    max_shown: int = MISSING
+    max_distance: int = MISSING
+    min_correlation: float = MISSING
+    model: str | None = MISSING
+    architecture: str | None = MISSING
+    weights: str = MISSING
+    min_cosine: float = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    num_workers: int | None = MISSING
+    max_member_bytes: int = MISSING
+    max_pixels: int = MISSING
+    allow_pipe: bool = MISSING
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+COMMANDS = {
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
+    "serve": ServeConfig,
+    "report": ReportConfig,
+    "compare": CompareConfig,
+    "leaks": LeaksConfig,
+}
+# Keys whose values may be given without their names; of one that ends in `...`, any number.
+POSITIONAL = {
+    "search": ("index", "query"),
+    "serve": ("index",),
+    "report": ("run",),
+    "compare": ("runs...",),
+    "leaks": ("train", "eval"),
+}
