@@ -7,6 +7,7 @@ benchmark.py checkpoint  how long the training stands still for a checkpoint, ag
 benchmark.py train       whole runs, against open_clip's trainer: samples a second, memory, start, what is learned
 benchmark.py locked      a locked image tower whose features are kept, against one that encodes each picture again
 benchmark.py recipes     fine-tuning, a curriculum, a teacher and views on the embedded sample, with some seeds
+benchmark.py search      exact search among a million embeddings: time and memory, and by a graph
 benchmark.py scale       bytes moved and held by a step on up to 1,024 processes, from formulas that are checked
 """
 
@@ -19,11 +20,12 @@ import benchmark_locked
 import benchmark_loss
 import benchmark_recipes
 import benchmark_scale
+import benchmark_search
 import benchmark_train
 
 BENCHMARKS = (
     *(benchmark_data, benchmark_loss, benchmark_evaluation, benchmark_checkpoint),
-    *(benchmark_train, benchmark_locked, benchmark_recipes, benchmark_scale),
+    *(benchmark_train, benchmark_locked, benchmark_recipes, benchmark_search, benchmark_scale),
 )
 
 

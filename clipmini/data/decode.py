@@ -14,10 +14,12 @@ from torchvision.transforms import InterpolationMode
 from clipmini.data.augment import Augmentation
 from clipmini.data.captions import Captions, caption_ids
 from clipmini.data.draws import Draws
+from clipmini.data.health import Fault
 from clipmini.data.index import IMAGE_EXTENSIONS
 from clipmini.data.picture import Picture, open_image, to_tensor
 from clipmini.data.tokenizer import Tokenize
 
+MAX_RESIZED = 89_478_485  # pixels: what Pillow warns of when it opens a picture
 VIEWS = ("image", "image_2", "image_3")  # of a picture, by their names in a batch
 FEATURES = "image_features"  # in place of them, for a tower that is locked
 TEACHER_FEATURES = ("teacher_image", "teacher_text")  # beside them, what a teacher makes of pictures and captions
@@ -39,6 +41,7 @@ class EvaluationTransform:
 
     def __call__(self, data: bytes) -> Tensor:
         image, interpolation = open_image(data), InterpolationMode(self.interpolation)
+        self.check_sides(image.width, image.height)
         if self.resize_mode == "squash":
             image = F.resize(image, [self.size, self.size], interpolation)
         elif self.resize_mode == "longest":
@@ -47,6 +50,16 @@ class EvaluationTransform:
         else:
             image = F.center_crop(F.resize(image, [self.size], interpolation), [self.size, self.size])
         return to_tensor(image)
+
+    def check_sides(self, width: int, height: int) -> None:
+        """Refuse a picture that is so long that resizing its shorter side would take gigabytes.
+
+        Raises:
+            Fault: it is.
+        """
+        resized = self.size**2 * max(width, height) // min(width, height)
+        if self.resize_mode == "shortest" and resized > MAX_RESIZED:
+            raise Fault("too_many_pixels", f"{width} x {height} would be resized to {resized}, more than {MAX_RESIZED}")
 
 
 class Example(NamedTuple):

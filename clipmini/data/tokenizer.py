@@ -108,9 +108,20 @@ class ClipTokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in enumerate(texts):
-            is_plain = self.clean == "lower" and PLAIN.fullmatch(text)
-            cleaned = " ".join(text.split()).lower() if is_plain else clean_text(text, self.clean)
-            words = WORD.findall(cleaned)
-            ids = self.encoder.encode(words, is_pretokenized=True).ids[: self.context_length - 2]
+            ids = self.encode(text)[: self.context_length - 2]
             result[row, : len(ids) + 2] = torch.tensor([self.start_token, *ids, self.end_token])
         return result
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, as many as it has, without those of start and end."""
+        is_plain = self.clean == "lower" and PLAIN.fullmatch(text)
+        cleaned = " ".join(text.split()).lower() if is_plain else clean_text(text, self.clean)
+        return self.encoder.encode(WORD.findall(cleaned), is_pretokenized=True).ids
+
+
+def count_tokens(tokenize: Tokenize, texts: Sequence[str]) -> list[int]:
+    """Return how many tokens each text has, with start and end, before it is cut to the context."""
+    if isinstance(tokenize, HFTokenizer):
+        return [len(tokenize.tokenizer(tokenize.clean_fn(text))["input_ids"]) for text in texts]
+    assert isinstance(tokenize, ClipTokenizer | SimpleTokenizer)
+    return [len(tokenize.encode(text)) + 2 for text in texts]

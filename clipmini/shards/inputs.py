@@ -1,4 +1,4 @@
-"""Samples to pack, read in parts, one for each shard to write: from a folder of pictures, or from other shards."""
+"""Samples to pack or embed, read in parts, one for each file to write: of a folder of pictures, or of other shards."""
 
 import functools
 import hashlib
@@ -22,7 +22,10 @@ PRELOAD = ("clipmini.shards.writer",)  # for worker processes; the first to star
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture in its own format, its caption without white space around it, and what else is known of it."""
+    """A picture in its own format, its caption without white space around it, and what else is known of it.
+
+    Either is empty where no key says where it is.
+    """
 
     picture: bytes
     caption: str
@@ -110,7 +113,7 @@ class FolderPart:
 
     root: str
     paths: Sequence[str]  # relative
-    caption_key: str
+    caption_key: str | None
 
     def __iter__(self) -> Iterator[Item]:
         for path in self.paths:
@@ -119,25 +122,28 @@ class FolderPart:
     def load(self, path: str) -> Sample:
         """Read a picture and the files beside it."""
         stem = os.path.splitext(path)[0]
-        if self.caption_key == "txt":
-            caption: str | bytes = read_file(f"{stem}.txt", "caption")
-        else:
-            caption = os.path.basename(os.path.dirname(os.path.abspath(path))).replace("_", " ")
+        caption = "" if self.caption_key is None else check_caption(self.read_caption(path, stem))
         metadata = plain(read_metadata(read_file(f"{stem}.json", "json"))) if os.path.exists(f"{stem}.json") else {}
-        return Sample(read_file(path, "picture"), check_caption(caption), metadata)
+        return Sample(read_file(path, "picture"), caption, metadata)
+
+    def read_caption(self, path: str, stem: str) -> str | bytes:
+        if self.caption_key == "txt":
+            return read_file(f"{stem}.txt", "caption")
+        return os.path.basename(os.path.dirname(os.path.abspath(path))).replace("_", " ")
 
 
-def open_folder(root: str, caption_key: str, samples_per_shard: int) -> Input:
+def open_folder(root: str, caption_key: str | None, samples_per_shard: int) -> Input:
     """Find the pictures in a folder and the folders in it, sorted by relative path; hidden ones are left alone.
 
     `caption_key=txt` takes the caption from the .txt of the same name beside the picture; `caption_key=folder` takes
-    the name of the picture's folder, with underscores as spaces (hyphens stay: they are part of words). A .json of the
-    same name goes along. a.jpg and a.png beside each other are two samples, with one a.txt for both.
+    the name of the picture's folder, with underscores as spaces (hyphens stay: they are part of words); None takes no
+    captions. A .json of the same name goes along. a.jpg and a.png beside each other are two samples, with one a.txt for
+    both.
 
     Raises:
         UserError: no pictures, or another caption_key.
     """
-    if caption_key not in ("txt", "folder"):
+    if caption_key not in ("txt", "folder", None):
         hint = did_you_mean(caption_key, ("txt", "folder"))
         raise UserError(f"caption_key={caption_key}: of a folder of pictures it is txt or folder{hint}")
     paths: list[str] = []

@@ -28,7 +28,7 @@ from clipmini.shards.packed import (
     read_packed,
     remove_leftovers,
 )
-from clipmini.shards.tables import TABLES, URL, open_parquet, open_text_table
+from clipmini.shards.tables import TABLES, URL, open_table
 from clipmini.shards.writer import FORMATS, Job, Settings, read_report, rejected_line, to_json, write_shard
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,6 @@ def open_source(settings: Settings, output: Path, num_workers: int | None) -> In
     suffix = os.path.splitext(path)[1].lower()
     try:
         if os.path.isfile(path) and suffix in TABLES:
-            open_table = open_parquet if suffix == ".parquet" else open_text_table
             return open_table(path, settings.image_key, caption_key, samples_per_shard)
         if os.path.isdir(path) and not holds_shards(path):
             if output.resolve().is_relative_to(Path(path).resolve()):

@@ -1,4 +1,4 @@
-"""Samples to pack from a table: .csv, .tsv, .jsonl or .parquet, with pictures in it or paths to them."""
+"""Samples to pack or embed from a table: .csv, .tsv, .jsonl or .parquet, with pictures in it or paths to them."""
 
 import base64
 import csv
@@ -37,15 +37,15 @@ class TablePart:
 
     Attributes:
         path: of the table.
-        image_key: column with the picture.
-        caption_key: column with the caption.
+        image_key: column with the picture, or None.
+        caption_key: column with the caption, or None.
         first: number of the first row, from 0.
         count: rows.
     """
 
     path: str
-    image_key: str
-    caption_key: str
+    image_key: str | None
+    caption_key: str | None
     first: int
     count: int
 
@@ -56,7 +56,8 @@ class TablePart:
     def __iter__(self) -> Iterator[Item]:
         for number, row in enumerate(self.rows(), self.first + 1):
             place = f"{os.path.basename(self.path)} row {number}"
-            path = None if isinstance(row, Fault) else picture_path(row.get(self.image_key))
+            key = self.image_key
+            path = None if key is None or isinstance(row, Fault) else picture_path(row.get(key))
             yield path or place, functools.partial(self.load, row)
 
     def load(self, row: Row | Fault) -> Sample:
@@ -64,12 +65,12 @@ class TablePart:
         if isinstance(row, Fault):
             raise row
         rest = dict(row)
-        image, text = rest.pop(self.image_key, None), rest.pop(self.caption_key, None)
+        image, text = (rest.pop(key, None) if key is not None else None for key in (self.image_key, self.caption_key))
         for value in (image, text):
             if isinstance(value, Fault):
                 raise value
-        caption, kept = take_caption(text, self.caption_key)
-        picture = read_picture(image, os.path.dirname(self.path))
+        caption, kept = ("", {}) if self.caption_key is None else take_caption(text, self.caption_key)
+        picture = b"" if self.image_key is None else read_picture(image, os.path.dirname(self.path))
         known = {key: value for key, value in rest.items() if not isinstance(value, Fault)}
         return Sample(picture, caption, plain({**known, **kept}))
 
@@ -114,24 +115,26 @@ def read_picture(value: object, folder: str) -> bytes:
     return read_file(os.path.join(folder, value), "picture")
 
 
-def check_columns(table: str, columns: Sequence[str], image_key: str, caption_key: str) -> None:
-    """See that each of the two columns is there once.
+def check_columns(table: str, columns: Sequence[str], image_key: str | None, caption_key: str | None) -> None:
+    """See that each of the two columns, or the one that is asked for, is there once.
 
     Raises:
         UserError: it is not, or they are one.
     """
     for key, column in (("image_key", image_key), ("caption_key", caption_key)):
+        if column is None:
+            continue
         if column not in columns:
             hint = did_you_mean(column, columns)
             there = textwrap.shorten(", ".join(columns), 300, placeholder=" ...")
             raise UserError(f"{key}={column}: {table} has no such column{hint}; there are: {there}")
         if columns.count(column) > 1:
             raise UserError(f"{key}={column}: {table} has {columns.count(column)} columns of this name")
-    if image_key == caption_key:
+    if image_key == caption_key is not None:
         raise UserError(f"caption_key={caption_key}: is the column of the pictures too (image_key)")
 
 
-def check_pictures(image_key: str, pictures: Iterable[object]) -> None:
+def check_pictures(image_key: str | None, pictures: Iterable[object]) -> None:
     """See that not all of the pictures are somewhere else.
 
     Args:
@@ -208,7 +211,13 @@ def parse_row(row: str | list[str], header: Sequence[str]) -> Row | Fault:
     return value if isinstance(value, dict) else Fault("row", f"{type(value).__name__} in place of an object")
 
 
-def open_text_table(path: str, image_key: str, caption_key: str, samples_per_shard: int) -> Input:
+def open_table(path: str, image_key: str | None, caption_key: str | None, samples_per_shard: int) -> Input:
+    """Open a table of any kind; raises what `open_parquet` and `open_text_table` do."""
+    is_parquet = path.lower().endswith(".parquet")
+    return (open_parquet if is_parquet else open_text_table)(path, image_key, caption_key, samples_per_shard)
+
+
+def open_text_table(path: str, image_key: str | None, caption_key: str | None, samples_per_shard: int) -> Input:
     """Find where each part of a .csv, .tsv (with a first line of column names) or .jsonl begins.
 
     Raises:
@@ -240,7 +249,7 @@ def open_text_table(path: str, image_key: str, caption_key: str, samples_per_sha
         raise UserError(f"input={path}: none of its first {len(head)} rows can be read: {reason}")
     columns = header or tuple(dict.fromkeys(column for row in seen for column in row))
     check_columns(path, columns, image_key, caption_key)
-    check_pictures(image_key, (row.get(image_key) for row in seen))
+    check_pictures(image_key, () if image_key is None else (row.get(image_key) for row in seen))
     parts = [
         TextPart(path, image_key, caption_key, first, min(samples_per_shard, count - first), offset, header)
         for first, offset in zip(range(0, count, samples_per_shard), starts, strict=True)
@@ -318,7 +327,7 @@ def open_parquet_file(path: str) -> Any:
         raise UserError(f"input={path}: {error}") from error
 
 
-def open_parquet(path: str, image_key: str, caption_key: str, samples_per_shard: int) -> Input:
+def open_parquet(path: str, image_key: str | None, caption_key: str | None, samples_per_shard: int) -> Input:
     """Count the rows of a .parquet; columns of bytes other than the pictures are not read.
 
     Raises:
@@ -332,11 +341,12 @@ def open_parquet(path: str, image_key: str, caption_key: str, samples_per_shard:
     columns = tuple(
         field.name for field in fields if field.name in (image_key, caption_key) or "binary" not in str(field.type)
     )
-    try:
-        head = next(file.iter_batches(HEAD, columns=[image_key], use_threads=False))
-    except ARROW_ERRORS as error:
-        raise UserError(f"input={path}: cannot be read: {error}") from error
-    check_pictures(image_key, (row[image_key] for row in batch_rows(head)))
+    if image_key is not None:
+        try:
+            head = next(file.iter_batches(HEAD, columns=[image_key], use_threads=False))
+        except ARROW_ERRORS as error:
+            raise UserError(f"input={path}: cannot be read: {error}") from error
+        check_pictures(image_key, (row[image_key] for row in batch_rows(head)))
     parts = [
         ParquetPart(path, image_key, caption_key, first, min(samples_per_shard, count - first), columns)
         for first in range(0, count, samples_per_shard)

@@ -1,0 +1,1 @@
+"""Embeddings of pictures and texts, and what is nearest to a query among them."""
