@@ -17,6 +17,7 @@ from clipmini.cluster import signals
 from clipmini.data.tokenizer import Tokenize
 from clipmini.ema import Weights
 from clipmini.errors import UserError
+from clipmini.evaluation.details import write_shown
 from clipmini.evaluation.encoder import Encoder, Interrupted
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows, row_scalars
@@ -40,6 +41,7 @@ class Evaluation(Callback):
         held_out: pairs for the validation loss, or None.
         tokenize: of the model.
         output: the run's file of results; a row for each set and step.
+        shown: directory of what the run's report shows of the last of them.
         at_start: whether the weights that training begins with are evaluated too.
         every_n_steps: n; None evaluates at the end only.
         best_metric: `val/loss` or SET/METRIC, by which `best` is saved, or None.
@@ -57,6 +59,7 @@ class Evaluation(Callback):
         tokenize: Tokenize,
         *,
         output: Path,
+        shown: Path,
         at_start: bool,
         every_n_steps: int | None,
         best_metric: str | None,
@@ -75,6 +78,7 @@ class Evaluation(Callback):
         self.held_out = held_out
         self.tokenize = tokenize
         self.output = output
+        self.shown = shown
         self.at_start = at_start
         self.every_n_steps = every_n_steps
         self.best_metric = best_metric
@@ -168,6 +172,7 @@ class Evaluation(Callback):
             scalars |= row_scalars(result.row)
             if trainer.is_global_zero and result.finding is not None:
                 add_row(self.output, result.row)
+                write_shown(self.shown, result.opened.dataset, result.finding, result.row["key"])
         return scalars
 
     def save_if_best(self, trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:

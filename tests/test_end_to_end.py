@@ -22,6 +22,8 @@ COLUMNS = {
     "train/loss",
     "train/accuracy",
     "train/scale",
+    "train/image_spread",
+    "train/text_spread",
     "train/lr",
     "train/grad_norm",
     "train/bad_steps",
@@ -58,7 +60,8 @@ def test_plain_shards_to_a_model_that_open_clip_loads(
     )
     assert result.returncode == 0, result.stderr
     run = tmp_path / "outputs/two"
-    names = "checkpoints config.yaml metrics.csv model results.jsonl tensorboard train.log"
+    files = "environment.jsonl evaluation metrics.csv model report.html results.jsonl tensorboard train.log"
+    names = f"checkpoints config.yaml {files}"
     assert sorted(os.listdir(run)) == names.split()
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
 

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from clipmini.errors import UserError
+from clipmini.evaluation.examples import write_examples
 from clipmini.evaluation.results import Row
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
 from clipmini.evaluation.tasks import Finding
 from clipmini.files import write_atomically
+
+CONFUSED = 30  # classes that a report shows
 
 
 def class_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
@@ -47,6 +50,19 @@ def class_facts(dataset: ClassificationSet, finding: Finding, shown: int = 5) ->
         "confusions": [f"{row['class']} as {row['taken_for']} {row['times']}x" for row in confused if row["times"]],
         "absent_classes": len(dataset.class_names) - len(table),
     }
+
+
+def write_shown(directory: Path, dataset: EvaluationSet, finding: Finding, key: str) -> None:
+    """Write what a report shows of a result: pictures with the texts nearest to them, and the most confused classes."""
+    table: list[Row] = []
+    if isinstance(dataset, ClassificationSet) and finding.predictions is not None:
+        table = sorted(class_table(dataset, finding), key=lambda row: (-row["times"], row["recall"], row["class"]))
+    write_examples(shown_path(directory, key), dataset, finding.examples, table[:CONFUSED])
+
+
+def shown_path(directory: Path, key: str) -> Path:
+    """Return the file of `write_shown` for the key of a row of results."""
+    return directory / f"{key.replace('/', '-')}.json"
 
 
 def confusion_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:

@@ -12,6 +12,7 @@ from clipmini.errors import UserError
 from clipmini.evaluation import metrics
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.encoder import EncodedPictures, Encoder
+from clipmini.evaluation.examples import Example, make_examples
 from clipmini.evaluation.metrics import Outcome
 from clipmini.evaluation.probes import linear_probe, nearest_neighbours
 from clipmini.evaluation.prompts import Prompts
@@ -57,6 +58,7 @@ class Finding:
         task: its name, CLIP_benchmark's where that has one.
         unreadable: key and cause of pictures that could not be read.
         predictions: int64 [n], the class chosen for each picture, and `labels` the right one.
+        examples: some pictures with the texts nearest to them.
     """
 
     task: str
@@ -65,6 +67,7 @@ class Finding:
     labels: np.ndarray | None = None
     predictions: np.ndarray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
 
 
 def measure(opened: Opened, encoder: Encoder, protocol: Protocol) -> list[Finding]:
@@ -124,7 +127,15 @@ def classify(dataset: ClassificationSet, encoded: EncodedPictures, encoder: Enco
     outcome = metrics.classification(
         ranks, labels, len(dataset.class_names), name=dataset.name, groups=groups, units=units
     )
-    return Finding(task, outcome, encoded.unreadable, labels, predictions)
+    examples = make_examples(
+        encoded.features,
+        classifier,
+        dataset.class_names,
+        hits=ranks == 0,
+        right=lambda row: [labels[row]],
+        kept=encoded.kept.tolist(),
+    )
+    return Finding(task, outcome, encoded.unreadable, labels, predictions, examples=examples)
 
 
 def tell_pictures(
@@ -255,9 +266,19 @@ def retrieve(dataset: RetrievalSet, encoded: EncodedPictures, encoder: Encoder, 
     captions = [dataset.captions[number] for number in used]
     if protocol.shuffled:
         pairs[:, 0] = permutation(len(encoded.kept), protocol)[pairs[:, 0]]
-    image_to_text, text_to_image = rank_pairs(encoded.features, encoder.texts(captions), torch.from_numpy(pairs))
+    text = encoder.texts(captions)
+    image_to_text, text_to_image = rank_pairs(encoded.features, text, torch.from_numpy(pairs))
     outcome = metrics.retrieval(image_to_text, text_to_image, len(encoded.kept))
-    return Finding("zeroshot_retrieval", outcome, encoded.unreadable, facts={"captions": len(captions)})
+    examples = make_examples(
+        encoded.features,
+        text,
+        captions,
+        hits=image_to_text.ranks == 0,
+        right=lambda row: pairs[pairs[:, 0] == row, 1].tolist(),
+        kept=encoded.kept.tolist(),
+    )
+    facts = {"captions": len(captions)}
+    return Finding("zeroshot_retrieval", outcome, encoded.unreadable, facts=facts, examples=examples)
 
 
 def choose(dataset: ChoiceSet, encoded: EncodedPictures, encoder: Encoder, protocol: Protocol) -> Finding:

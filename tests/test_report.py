@@ -1,0 +1,218 @@
+"""A run's report says what its files say, needs nothing else, and lets no name in the data become markup."""
+
+import csv
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICK
+from forked import run_forked
+
+from clipmini.evaluation.results import percent
+from clipmini.report import command
+from clipmini.report.charts import MAX_POINTS, Line, draw
+from clipmini.report.compare import list_config_differences, list_metric_differences
+from clipmini.report.page import Section, Table, make_page
+from clipmini.report.read import read_run
+
+HOSTILE = "<script>alert(1)</script> & 'more'"
+
+
+class Reader(HTMLParser):
+    """Collects the tags, the addresses and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.addresses: list[str] = []
+        self.identifiers: list[str] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.addresses += [value or "" for name, value in attributes if name in ("href", "src", "xlink:href")]
+        self.identifiers += [value or "" for name, value in attributes if name == "id"]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_json: Path, shards: Path, classification_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps in two starts, evaluated twice, whose classes have hostile names."""
+    directory = tmp_path_factory.mktemp("trained")
+    hostile = directory / "wds_hostile"
+    shutil.copytree(classification_set, hostile)
+    (hostile / "classnames.txt").write_text("".join(f"{HOSTILE} {number}\n" for number in range(7)))
+    given = (*QUICK, "name=run", f"model.name={tiny_json}", f"data.train={shards}", "evaluation.every_n_steps=2")
+    datasets = f"evaluation.datasets=[{hostile}]"
+    for steps in (2, 4):
+        result = run_forked(["train", *given, datasets, f"steps={steps}"], directory)
+        assert result.returncode == 0, result.stderr
+        assert "report.html" in result.stdout
+    return directory / "outputs/run"
+
+
+def test_holds_all_of_a_run(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    found = Reader(page)
+    for title in (
+        "Summary",
+        "Curves",
+        "Results",
+        "Pictures of hostile",
+        "Most confused classes",
+        "Data health",
+        "Config",
+    ):
+        assert title in found.text
+    # Of the last start: nothing is lost, and nothing told twice.
+    with open(trained / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert f"{float(rows[-1]['train/loss']):.3f}" in found.text and "samples seen 64" in found.text
+    row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
+    low, high = row["interval"]["acc1"]
+    assert f"{percent(row['metrics']['acc1'])} {percent(low)} - {percent(high)} 14.3%" in found.text
+    assert found.tags["svg"] >= 8 and found.text.count("start 1") == found.text.count("start 2") == 1
+    assert "from step 0 2" in found.text and "torch" in found.text and "All of 64 samples were good" in found.text
+    pictures = [address for address in found.addresses if address.startswith("data:image/webp;base64,")]
+    shown = json.loads((trained / "evaluation/hostile.json").read_text())
+    assert pictures == [
+        one["picture"] for is_hit in (True, False) for one in shown["examples"] if one["is_hit"] == is_hit
+    ]
+
+
+def test_needs_nothing_else(trained: Path) -> None:
+    found = Reader((trained / "report.html").read_text())
+    for address in found.addresses:
+        assert address.startswith(("#", "data:image/")), address
+    anchors = [address[1:] for address in found.addresses if address.startswith("#")]
+    assert anchors and set(anchors) <= set(found.identifiers)
+    assert len(found.identifiers) == len(set(found.identifiers))
+    assert not {"script", "link", "iframe", "object"} & found.tags.keys()
+    assert HOSTILE in found.text  # as text
+
+
+def test_examples_are_right_and_evenly_chosen(trained: Path) -> None:
+    shown = json.loads((trained / "evaluation/hostile.json").read_text())
+    examples = shown["examples"]
+    assert 1 <= len(examples) <= 24 and len({one["number"] for one in examples}) == len(examples)
+    for one in examples:
+        texts, scores, is_right = zip(*one["nearest"], strict=True)
+        assert len(texts) == 5 and list(scores) == sorted(scores, reverse=True)
+        assert one["right"] == [f"{HOSTILE} {one['number'] % 7}"]
+        assert list(is_right) == [text in one["right"] for text in texts]
+        assert one["is_hit"] == is_right[0] and one["picture"].startswith("data:image/webp;base64,")
+    row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
+    hits = sum(one["is_hit"] for one in examples)
+    assert hits == min(12, round(21 * row["metrics"]["acc1"]))
+
+
+def test_compares(trained: Path, tmp_path: Path, run_here: Callable) -> None:
+    other = tmp_path / "outputs/other"
+    shutil.copytree(trained, other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(r"(?m)^seed: .*$", "seed: 77", config))
+    rows = [json.loads(line) for line in (other / "results.jsonl").read_text().splitlines()]
+    rows[-1]["metrics"]["acc1"] = 0.5
+    rows[-1]["interval"]["acc1"] = [0.4, 0.6]
+    (other / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    runs = [read_run(trained), read_run(other)]
+    assert list_config_differences(runs).rows == [["seed", "0", "77"]]
+    table = list_metric_differences(runs)
+    first = rows[-1] | {"metrics": read_run(trained).rows[0]["metrics"]}
+    value, (low, high) = first["metrics"]["acc1"], read_run(trained).rows[0]["interval"]["acc1"]
+    error = ((high - low) ** 2 / 4 + 0.1**2) ** 0.5
+    difference = 0.5 - value
+    expected = [
+        f"{100 * difference:+.1f} points",
+        f"{100 * (difference - error):+.1f} to {100 * (difference + error):+.1f}",
+    ]
+    assert table.rows[0] == ["hostile, top-1", f"{value:.1%}", "50.0%", *expected]
+
+    result = run_here("compare", str(trained), str(other), f"output={tmp_path}/both.html")
+    assert result.returncode == 0 and "seed" in result.stdout and "+" in result.stdout
+    page = (tmp_path / "both.html").read_text()
+    assert page.count("stroke-dasharray") > 4 and "run and other" in page
+    result = run_here("compare", str(trained), str(trained))
+    assert result.returncode == 2 and "is there twice" in result.stderr
+    result = run_here("compare", str(trained))
+    assert result.returncode == 2 and "needs two or more" in result.stderr
+
+
+def test_charts_are_told_apart_without_colours_and_by_those_who_do_not_see() -> None:
+    lines = [Line(f"run <{number}>", range(10), [number + step for step in range(10)]) for number in range(6)]
+    chart = draw("loss & more", lines)
+    looks = re.findall(r"stroke-dasharray: ([^;]+)", chart)
+    assert len(set(looks)) >= 5 and "#0" not in chart.replace("&#", "") and "var(--curve-5)" in chart
+    label = re.findall(r'role="img" aria-label="([^"]*)"', chart)
+    assert label and label[0].startswith("loss &amp; more. run &lt;0>: 0 at step 0, 9 at step 9; ")
+    assert "run <0>" not in chart
+    many = draw("loss", [Line("", range(100_000), [1.0] * 100_000)])
+    assert many.count("L ") < MAX_POINTS + 50
+    assert draw("a", lines[:1]) == draw("a", lines[:1])  # the same bytes
+    assert "12.5%" in draw("accuracy", [Line("", [1], [0.125])], is_share=True)
+
+
+def test_a_page_escapes() -> None:
+    table = Table(HOSTILE, (HOSTILE,), [[HOSTILE]])
+    page = make_page(
+        HOSTILE, HOSTILE, [Section("A", HOSTILE, {HOSTILE: HOSTILE}, tables=[table], texts=[(HOSTILE,) * 2])]
+    )
+    found = Reader(page.decode())
+    assert found.tags["script"] == 0 and found.text.count(HOSTILE) >= 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no metrics.csv: no run of `clipmini train`"),
+        ("step\n", "has no measurements yet"),
+        ("step,train/loss\n1,high\n", "cannot be read"),
+        ("loss\n1\n", "cannot be read"),
+    ],
+)
+def test_bad_runs(content: str | None, message: str, tmp_path: Path, run_here: Callable) -> None:
+    if content is not None:
+        (tmp_path / "metrics.csv").write_text(content)
+    result = run_here("report", str(tmp_path))
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "report.html").exists()
+    assert "no such directory" in run_here("report", str(tmp_path / "nothing")).stderr
+
+
+def test_a_run_of_another_version_is_told_without_what_it_lacks(trained: Path, tmp_path: Path) -> None:
+    """Files that are missing or cut leave their sections out."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "evaluation")
+    (run / "results.jsonl").unlink()
+    (run / "config.yaml").unlink()
+    lines = (run / "environment.jsonl").read_text()
+    (run / "environment.jsonl").write_text(lines[:-20])
+    command.write_report(run)
+    text = Reader((run / "report.html").read_text()).text
+    assert "Curves" in text and "start 1" in text and "start 2" not in text and "Pictures of" not in text
+
+
+def test_what_goes_wrong_with_a_report_does_not_end_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(command, "write_report", fail)
+    command.report_at_end(tmp_path)
+    assert "the report could not be written" in caplog.text and "clipmini report" in caplog.text
