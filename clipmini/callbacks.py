@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import pytorch_lightning as pl
 import torch
@@ -24,6 +24,14 @@ log = logging.getLogger(__name__)
 LEDGER_HEADER = "step,position,key\n"
 
 
+class Reading(NamedTuple):
+    """What was measured up to a step, in some seconds, as loggers name it."""
+
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+
+
 class Monitor(Callback):
     """Measures the run, and every n steps writes to the loggers and to the screen.
 
@@ -37,6 +45,7 @@ class Monitor(Callback):
     def __init__(self, *, log_every_n_steps: int) -> None:
         self.log_every_n_steps = log_every_n_steps
         self.display: ProgressDisplay | None = None
+        self.reading: Reading | None = None  # the last
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.display = ProgressDisplay(trainer.max_steps, trainer.global_step) if trainer.is_global_zero else None
@@ -80,6 +89,7 @@ class Monitor(Callback):
         metrics["throughput/data_wait"] = (trainer.train_dataloader.waited - self.waited_before) / seconds
         bad = trainer.train_dataloader.health.totals
         metrics |= {"data/bad_samples": bad.total(), **{f"data/{cause}": count for cause, count in bad.items()}}
+        self.reading = Reading(step, seconds, metrics)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         if self.display:

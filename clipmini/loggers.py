@@ -1,6 +1,11 @@
-"""Metrics in a CSV file that survives a resume: Lightning's own logger deletes the file of the run it continues."""
+"""Loggers that go on where a resumed run does: metrics in a CSV file, and in one run of MLflow."""
 
 import csv
+import importlib.util
+import logging
+import os
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +13,16 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from clipmini.errors import UserError
+from clipmini.files import write_atomically
+
+log = logging.getLogger(__name__)
+
 
 class CsvMetrics(Logger):
     """Appends a row for each step, of one or more calls; rows of steps that a resumed run does again go first.
+
+    Lightning's own logger deletes the file of the run it continues.
 
     Args:
         path: the file, with a column `step` first.
@@ -59,3 +71,145 @@ class CsvMetrics(Logger):
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The config is a file of the run already."""
+
+
+class MlflowRun(Logger):
+    """Sends metrics to MLflow, to the same run of it for all of a run, however often that is stopped and goes on.
+
+    Lightning's own logger makes another run each time. Only metrics and the name are sent: neither the config nor the
+    command line, user, host or git address that MLflow's own start of a run takes down. What is done again after a
+    resume is there twice, as MLflow can take nothing back. Nothing is made or imported before training begins.
+
+    Args:
+        tracking_uri: `sqlite:///` and a path, or the address of a server.
+        experiment_name: what MLflow lists runs under; made if it is not there.
+        run_name: what MLflow calls the run.
+        id_file: in the run's directory, which is its identity: the id that MLflow gave it.
+        retry_seconds: before it is tried again if MLflow took nothing; the run goes on without.
+        telemetry: whether MLflow may send its makers how it is used.
+
+    Raises:
+        UserError: no address, or one of a database for which a package is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str,
+        id_file: str,
+        retry_seconds: float,
+        telemetry: bool,
+    ) -> None:
+        super().__init__()
+        if not tracking_uri:
+            raise UserError("logger.mlflow.tracking_uri is empty: must be an address (is MLFLOW_TRACKING_URI empty?)")
+        if "sql" in tracking_uri.partition(":")[0] and importlib.util.find_spec("alembic") is None:
+            raise UserError(
+                f"logger.mlflow.tracking_uri={tracking_uri}: needs the packages sqlalchemy and alembic: "
+                "pip install 'clipmini[mlflow]'"
+            )
+        self.tracking_uri = tracking_uri
+        self.experiment_name = experiment_name
+        self.run_name = run_name
+        self.id_file = Path(id_file)
+        self.retry_seconds = retry_seconds
+        self.telemetry = telemetry
+        self.client: Any = None
+        self.run_id: str | None = None
+        self.next_try = 0.0  # on the monotonic clock
+
+    @property
+    def name(self) -> str:
+        return self.experiment_name
+
+    @property
+    def version(self) -> str | None:
+        return self.run_id
+
+    @rank_zero_only
+    def log_graph(self, *_: Any, **__: Any) -> None:
+        """Find or make the run and have it run; Lightning calls this as training begins.
+
+        Raises:
+            UserError: MLflow cannot be reached, or takes nothing.
+        """
+        try:
+            self.open()
+            self.client.update_run(self.run_id, status="RUNNING")
+        except Exception as error:
+            raise UserError(f"logger.mlflow.tracking_uri={self.tracking_uri}: {error}") from error
+
+    def open(self) -> None:
+        """Go on with the run of the id file, or make one."""
+        if self.client is not None:
+            return
+        client = make_client(self.tracking_uri, telemetry=self.telemetry)
+        self.run_id = self.find_run(client) or self.make_run(client)
+        self.client = client
+
+    def find_run(self, client: Any) -> str | None:
+        """Return the id that is written down, if MLflow still has that run."""
+        if not self.id_file.exists():
+            return None
+        run_id = self.id_file.read_text(encoding="utf-8").strip()
+        try:
+            stage = client.get_run(run_id).info.lifecycle_stage
+        except Exception as error:  # MlflowException, of a package that need not be there
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            stage = "not there"
+        if stage == "active":
+            return run_id
+        log.warning("MLflow's run %s, of %s, is %s: another one is made", run_id, self.id_file, stage)
+        return None
+
+    def make_run(self, client: Any) -> str:
+        """Make a run, and write its id down before anything is sent to it."""
+        found = client.get_experiment_by_name(self.experiment_name)
+        experiment_id = found.experiment_id if found else client.create_experiment(self.experiment_name)
+        run_id = client.create_run(experiment_id, run_name=self.run_name).info.run_id
+        write_atomically(self.id_file, f"{run_id}\n".encode())
+        return run_id
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if time.monotonic() < self.next_try:
+            return
+        try:
+            self.open()
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            # MLflow takes no other characters, as the @ of recall@5.
+            names = {name: re.sub(r"[^/\w.\- ]", "_", name) for name in metrics}
+            rows = [Metric(names[name], float(value), now, step or 0) for name, value in metrics.items()]
+            self.client.log_batch(self.run_id, metrics=rows)
+        except Exception as error:  # a run must not end because a server that only looks on is away
+            self.next_try = time.monotonic() + self.retry_seconds
+            text = "step %s: MLflow took no metrics, is tried again in %g s (logger.mlflow.retry_seconds): %s"
+            log.warning(text, step, self.retry_seconds, error)
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The config is a file of the run already."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Say in MLflow how the run ended."""
+        if self.client is None:
+            return
+        try:
+            self.client.set_terminated(self.run_id, "FAILED" if status == "failed" else "FINISHED")
+        except Exception as error:
+            log.warning("MLflow could not be told that the run has ended: %s", error)
+
+
+def make_client(tracking_uri: str, *, telemetry: bool) -> Any:
+    """Make MLflow's client; the import takes a second, and begins to send telemetry if that is not forbidden before."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", str(not telemetry).lower())
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would tell of each table that it makes
+    return MlflowClient(tracking_uri)

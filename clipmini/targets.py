@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import typing
@@ -19,6 +20,13 @@ PREFIXES = (
     "torch.optim.",
     *(f"pytorch_lightning.{name}." for name in ("callbacks", "loggers", "profilers", "strategies")),
 )
+
+# Packages that these need, each in an extra of the same name.
+PACKAGES = {
+    "pytorch_lightning.loggers.WandbLogger": "wandb",
+    "pytorch_lightning.loggers.MLFlowLogger": "mlflow",
+    "clipmini.loggers.MlflowRun": "mlflow",
+}
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,11 @@ def check_targets(tree: Any, key: str, allowed: Allowed) -> None:
         key: where it is in the config; empty for the whole.
 
     Raises:
-        UserError: a name that is not allowed, or a key that would run code or be passed over.
+        UserError: a name that is not allowed, a key that would run code or be passed over, or a missing package.
     """
     check_names(tree, key, allowed)
     for at, node in find_nodes(tree, key):
+        check_package(at, node[TARGET])
         locate(at, node[TARGET], allowed)
 
 
@@ -120,6 +129,20 @@ def check_name(key: str, target: Any, allowed: Allowed) -> None:
             f"{', '.join(allowed.prefixes)}; 'allow_targets=[{target.split('.')[0]}.]' on the command line allows "
             "more, for code that you trust"
         )
+
+
+def check_package(key: str, target: str) -> None:
+    """See that an optional package is there, without importing it.
+
+    Raises:
+        UserError: it is not; the message says how to install it.
+    """
+    package = PACKAGES.get(target)
+    if package is None:
+        return
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # a directory of that name, as loggers write, is no package
+        raise UserError(f"{key} needs the package {package}, which is not installed: pip install 'clipmini[{package}]'")
 
 
 def locate(key: str, target: Any, allowed: Allowed) -> Any:

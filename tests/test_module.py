@@ -229,7 +229,7 @@ def test_micro_batches_of_a_locked_tower_with_batch_norm_are_exact(tmp_path: Pat
 def test_step_measures_without_reading_back(tiny_json: Path) -> None:
     module = make_module(str(tiny_json))
     loss = module.training_step(make_batch(4), 0)
-    assert set(module.last) == {"loss", "accuracy", "scale"}
+    assert set(module.last) == {"loss", "accuracy", "scale", "image_spread", "text_spread"}
     assert not any(value.requires_grad for value in module.last.values())
     torch.testing.assert_close(module.last["loss"], loss.detach())
 
