@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-import clipmini
 from clipmini import launch
 from clipmini.blocks import compile_blocks
 from clipmini.checkpoints import disk, resume
@@ -23,7 +22,7 @@ from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals
 from clipmini.cluster.hangs import explain_lost_process, record_collectives
 from clipmini.config import build, build_all, check_all
-from clipmini.console import format_seconds, log_rows, set_up_logging
+from clipmini.console import format_seconds, set_up_logging
 from clipmini.curriculum import read_curriculum, size_limits
 from clipmini.data.captions import SAME
 from clipmini.data.loader import ImageTextData
@@ -53,7 +52,9 @@ from clipmini.model import (
 from clipmini.module import ClipModule
 from clipmini.one_tower import OTHER, Model, towers_of
 from clipmini.redaction import redact
-from clipmini.run_log import describe_inputs, log_files, log_health
+from clipmini.report.command import report_at_end
+from clipmini.report.read import ENVIRONMENT, SHOWN
+from clipmini.run_log import describe_data, describe_inputs, log_files, log_header, log_health, write_environment
 from clipmini.sources import EXPORTED, load_start
 from clipmini.teacher import Teacher, keep_teacher_features, load_teacher
 from clipmini.towers import decay_learning_rates
@@ -102,14 +103,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     total_steps = count_steps(cfg.steps, cfg.epochs, data.manifest.num_samples, cfg.batch_size)
     module = build_module(cfg, config, processes, total_steps, teacher)
     tokenize = create_tokenizer(module.model.architecture)
-    check_second_pass(data, module.model)
-    size = image_size(module.model)
-    limits = size_limits(module.curriculum, cfg.batch_size)
-    if limits and cfg.data.cached_features:
-        raise UserError(
-            "curriculum: pictures of several sizes, and data.cached_features=true keeps those of one: unset one"
-        )
-    data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps, size_limits=limits)
+    prepare(data, module, tokenize, total_steps)
     evaluation = build_evaluation(cfg, opened, data, module, tokenize, run)
     trainer = build_trainer(cfg, processes, total_steps, evaluation)
     precision = launch.choose_precision(cfg.trainer.precision, launch.choose_accelerator(cfg.trainer.accelerator))
@@ -130,13 +124,31 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
         run.mkdir(parents=True, exist_ok=True)
         disk.set_aside(run / "checkpoints", newest)
         OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
-        log_header(cfg, trainer, module, data)
+        about = describe_run(cfg, trainer, module, data)
+        log_header(about)
+        write_environment(run / ENVIRONMENT, about, 0 if newest is None else disk.checkpoint_step(newest))
     fit(trainer, module, data, newest, cfg.timeouts.step)
     log_health(run / "quarantine.jsonl", total_steps * cfg.batch_size)
     export(trainer, module, run)
     evaluation.evaluate_at_end(trainer, module)
     log_results(evaluation.rows)
+    if processes.rank == 0:
+        report_at_end(run)
     log_files(run, towers_of(module.model))
+
+
+def describe_run(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> dict[str, str]:
+    """Say what is about to be trained, on what, and on which data."""
+    millions = count_parameters(module.model) / 1e6
+    name = cfg.model.name or cfg.model.pretrained
+    experiment = HydraConfig.get().runtime.choices["experiment"] if HydraConfig.initialized() else "?"
+    return {
+        "run": f"{cfg.name} in {cfg.paths.run}",
+        "recipe": f"experiment={experiment}, and what was overridden",
+        "device": f"{trainer.world_size} x {launch.describe_device(trainer.strategy.root_device)}, {trainer.precision}",
+        "model": f"{name}, {millions:.1f} M parameters, {describe_inputs(module.model)}",
+        **describe_data(data, trainer.world_size),
+    }
 
 
 def stop_before_training(trainer: pl.Trainer) -> None:
@@ -189,6 +201,22 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     known = {"batch_size": cfg.batch_size, "seed": cfg.seed, "num_cores": processes.num_cores}
     loss = build(cfg, "loss")
     return build(cfg, "data", terms=tuple(loss.terms), all_views=loss.all_views, **known)
+
+
+def prepare(data: ImageTextData, module: ClipModule, tokenize: Tokenize, total_steps: int) -> None:
+    """Tell the data what it must know of the model and of the length of the run.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    check_second_pass(data, module.model)
+    limits = size_limits(module.curriculum, data.batch_size)
+    if limits and data.cached_features:
+        raise UserError(
+            "curriculum: pictures of several sizes, and data.cached_features=true keeps those of one: unset one"
+        )
+    size = image_size(module.model)
+    data.prepare(tokenize=tokenize, padding=padding(module.model), size=size, num_steps=total_steps, size_limits=limits)
 
 
 def build_module(
@@ -281,6 +309,7 @@ def build_evaluation(
         held_out,
         tokenize,
         output=run / "results.jsonl",
+        shown=run / SHOWN,
         at_start=options.at_start,
         every_n_steps=options.every_n_steps,
         best_metric=options.best_metric,
@@ -348,29 +377,6 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Pa
         explain_lost_process(error, step_timeout)
         raise
     log.info("trained in %s", format_seconds(time.perf_counter() - start))
-
-
-def log_header(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data: ImageTextData) -> None:
-    """Say what is about to be trained, on what, and on which data."""
-    device = launch.describe_device(trainer.strategy.root_device)
-    name = cfg.model.name or cfg.model.pretrained
-    millions = count_parameters(module.model) / 1e6
-    seen = data.num_steps * data.batch_size
-    pairs = data.manifest.num_samples
-    experiment = HydraConfig.get().runtime.choices["experiment"] if HydraConfig.initialized() else "?"
-    sources = ", ".join(f"{source.name} {source.num_samples:,}" for source in data.manifest.sources)
-    log.info("clipmini %s", clipmini.__version__)
-    log_rows(
-        {
-            "run": f"{cfg.name} in {cfg.paths.run}",
-            "recipe": f"experiment={experiment}, and what was overridden",
-            "device": f"{trainer.world_size} x {device}, {trainer.precision}",
-            "model": f"{name}, {millions:.1f} M parameters, {describe_inputs(module.model)}",
-            "samples": f"{pairs:,} pairs ({sources})",
-            "batch": f"{data.batch_size:,} pairs, {data.batch_size // trainer.world_size:,} on each device",
-            "steps": f"{data.num_steps:,} = {seen:,} samples seen = {seen / pairs:.1f} epochs",
-        }
-    )
 
 
 def check_second_pass(data: ImageTextData, model: Model) -> None:

@@ -250,6 +250,7 @@ class ImageTextData(pl.LightningDataModule):
         self.draft = draft
         self.features: FeatureStore | None = None
         self.teacher: TeacherFeatures | None = None
+        self.cached_features = cached_features
         if cached_features:
             check_same_each_time(augmentation, self.content)
         self.max_pixels = max_pixels

@@ -1,0 +1,1 @@
+"""What would make a run fail, or waste it, before it is queued."""
