@@ -77,7 +77,10 @@ def test_index_counts_again_and_keeps_that(shards: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verfy"], "shards verfy: no such command (did you mean 'verify'?); there are: plan, index, verify, pack"),
+        (
+            ["verfy"],
+            "shards verfy: no such command (did you mean 'verify'?); there are: plan, index, verify, leaks, pack",
+        ),
         (["index"], "data.train has no value: give it one, as in data.train=..."),
         (["verify", "data.train=nowhere"], "data.train=nowhere: no shards found, nowhere does not exist (of 1 shards)"),
         (
@@ -118,6 +121,6 @@ def test_what_is_wrong_is_one_message(
 def test_usage_and_keys(capsys: pytest.CaptureFixture) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         code, out, _ = call(capsys, *arguments)
-        assert code == 0 and all(f"\n  {name} " in out for name in ("plan", "index", "verify", "pack"))
+        assert code == 0 and all(f"\n  {name} " in out for name in ("plan", "index", "verify", "leaks", "pack"))
     assert "samples_per_shard: " in call(capsys, "pack", "--help")[1]
     assert "batch_size: " in call(capsys, "verify", "--help")[1]

@@ -60,17 +60,22 @@ class SourceEntry:
     weight: float | None
 
 
-def read_sources(train: str | Sequence[str] | Mapping, part: str = "train") -> list[SourceEntry]:
+def read_sources(
+    train: str | Sequence[str] | Mapping, part: str = "train", *, under: str = "data."
+) -> list[SourceEntry]:
     """Read `data.train` or another part: what `locate` takes, or a mapping `name: {shards, weight}`.
+
+    Args:
+        under: what the key of the config begins with.
 
     Raises:
         UserError: it is something else.
     """
     if not isinstance(train, Mapping):
-        return [SourceEntry(part, f"data.{part}", train, None)]
+        return [SourceEntry(part, f"{under}{part}", train, None)]
     entries = []
     for name, entry in train.items():
-        key = f"data.{part}.{name}"
+        key = f"{under}{part}.{name}"
         if not isinstance(entry, Mapping) or "shards" not in entry or set(entry) - {"shards", "weight"}:
             raise UserError(f"{key}={entry!r}: expected {{shards: ..., weight: ...}}")
         shards = entry["shards"]
@@ -82,7 +87,7 @@ def read_sources(train: str | Sequence[str] | Mapping, part: str = "train") -> l
             raise UserError(f"{key}.weight={weight!r}: expected a number above 0")
         entries.append(SourceEntry(str(name), key, shards, weight))
     if not entries:
-        raise UserError(f"data.{part}={{}}: no shards")
+        raise UserError(f"{under}{part}={{}}: no shards")
     return entries
 
 

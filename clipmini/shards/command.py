@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "print the samples of some steps of a run: range=FIRST:LAST",
     "index": "count the pairs of data.train again, and keep the counts for every later run",
     "verify": "read everything in data.train and print each defect with its shard and key",
+    "leaks": "find pictures of evaluation sets in training shards: leaks TRAIN EVAL",
     "pack": "make shards of input (pictures, a table or other shards) in output",
 }
 
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command with its overrides.
 
     Returns:
-        The exit code: 1 where defects were found, else 0.
+        The exit code: 1 where defects or leaks were found, else 0.
 
     Raises:
         UserError: no such command, or something in the config that cannot work.
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
             f"shards {command}: no such command{did_you_mean(command, COMMANDS)}; there are: {', '.join(COMMANDS)}"
         )
     if {"-h", "--help"} & set(overrides):
-        name = "pack" if command == "pack" else "train"
+        name = command if command in ("leaks", "pack") else "train"
         print(config.config_file(name).read_text(), end="")
         return 0
     set_up_logging(None, to_stderr=command in ("plan", "verify"))  # their output is for other programs too
@@ -58,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         index(overrides)
     elif command == "verify":
         return verify(overrides)
+    elif command == "leaks":
+        return find_leaks(overrides)
     else:
         pack(overrides)
     return 0
@@ -153,6 +156,13 @@ def verify(overrides: Sequence[str]) -> int:
     by_cause = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
     log.info("%d defects in %d shards%s", causes.total(), len(shards), f": {by_cause}" if causes else "")
     return 1 if causes else 0
+
+
+def find_leaks(overrides: Sequence[str]) -> int:
+    """Print how much of evaluation sets is in training shards; 1 if anything is."""
+    from clipmini.shards.leaks import run as find
+
+    return find(overrides)
 
 
 def pack(overrides: Sequence[str]) -> None:
