@@ -17,7 +17,7 @@ OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 def why_not() -> str | None:
     """Say why there can be no cluster here, or nothing."""
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
-        return f"no {', '.join(missing)}: tests/slurm/install.sh installs SLURM"
+        return f"no {', '.join(missing)}: tests/install_packages.sh installs SLURM"
     if os.geteuid() != 0:
         return "only root can start slurmd for two nodes on one machine"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:

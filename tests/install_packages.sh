@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs from Debian what the tests with a cluster or a network of their own need (as root), and starts nothing.
+# Installs from Debian what the tests with a cluster, a network of their own or a browser need (as root), and starts nothing.
 set -euo pipefail
 missing=()
-for program in slurmctld slurmd sbatch ip; do
+for program in slurmctld slurmd sbatch ip chromium; do
     command -v "$program" >/dev/null || missing+=("$program")
 done
 ((${#missing[@]})) || exit 0
@@ -14,4 +14,4 @@ if [[ ! -e $policy ]]; then
 fi
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-    slurmctld slurmd slurm-client iproute2 >/dev/null
+    slurmctld slurmd slurm-client iproute2 chromium >/dev/null
