@@ -9,7 +9,7 @@ PACKAGE = Path(clipmini.__file__).parent
 LAYERS = [
     {"", "errors"},
     {"redaction"},
-    {"annotations", "distributed", "console", "files", "lengths", "blocks", "one_tower", "towers"},
+    {"annotations", "distributed", "console", "files", "lengths", "blocks", "one_tower", "towers", "schemas"},
     {"architecture"},
     {"targets"},
     {"hydra_checks"},
@@ -19,17 +19,22 @@ LAYERS = [
     {"objective"},
     {"cluster", "checkpoints"},
     {"launch", "module", "loggers"},
-    {"sources", "callbacks", "profiling", "evaluation"},
-    {"evaluation_callback", "watch", "export", "kept_features", "locked_features", "teacher", "run_log"},
+    {"sources", "callbacks", "training_health", "profiling", "evaluation"},
+    {"evaluation_callback", "watch", "export", "kept_features", "locked_features", "teacher", "run_log", "report"},
     {"train"},
-    {"evaluate", "shards"},
+    {"evaluate", "shards", "search"},
     {"cli"},
+    {"check"},
     {"__main__"},
 ]
-HYDRA = {"config", "hydra_checks", "cli", "train", "evaluate", "export.run", "shards.command"}
+HYDRA = {
+    *("config", "schemas", "hydra_checks", "cli", "train"),
+    *("evaluate", "export.run", "shards.command", "check.command"),
+}
 LIGHTNING = {
     *("data.loader", "module", "loggers", "callbacks", "profiling", "evaluation_callback", "launch", "train"),
-    *("checkpoints.writer", "checkpoints.saving", "cluster.hangs", "cluster.fsdp"),
+    *("checkpoints.writer", "checkpoints.saving", "cluster.hangs", "cluster.fsdp", "training_health"),
+    *("check.command", "check.measure"),
 }
 
 

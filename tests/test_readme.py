@@ -13,6 +13,7 @@ from forked import run_forked
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from clipmini import config, schemas
 from clipmini.config import compose as compose_config
 from clipmini.evaluation.entries import read_entries
 
@@ -21,7 +22,8 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 TRAIN = [line for line in COMMANDS if "clipmini train" in line]
 SHARDS = [line for line in COMMANDS if "clipmini shards" in line]
-OTHERS = [line for line in COMMANDS if re.search("clipmini (evaluate|export)", line)]
+OTHERS = [line for line in COMMANDS if re.search(f"clipmini ({'|'.join(schemas.COMMANDS)})", line)]
+CHECKS = [line for line in COMMANDS if "clipmini check" in line]
 
 
 def overrides(command: str) -> list[str]:
@@ -30,7 +32,7 @@ def overrides(command: str) -> list[str]:
 
 
 def test_is_short() -> None:
-    assert len(README.splitlines()) < 250
+    assert len(README.splitlines()) < 290
 
 
 @pytest.mark.parametrize("command", TRAIN)
@@ -43,6 +45,9 @@ def test_commands_compose(command: str, compose: Callable[..., DictConfig]) -> N
 def test_commands_of_shards_compose(command: str) -> None:
     words = shlex.split(command, comments=True)
     start = words.index("shards") + 2
+    if words[start - 1] == "leaks":
+        assert config.read_options("leaks", words[start:])["train"]
+        return
     given = [word for word in words[start:] if not word.startswith("range=")]
     name = "pack" if words[start - 1] == "pack" else "train"
     cfg = compose_config(name, given)
@@ -53,11 +58,17 @@ def test_commands_of_shards_compose(command: str) -> None:
 def test_other_commands_compose(command: str) -> None:
     words = shlex.split(command, comments=True)
     start = words.index("clipmini") + 1
-    cfg = compose_config(words[start], words[start + 1 :])
-    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    content = config.read_options(words[start], words[start + 1 :])
     if words[start] == "evaluate":
-        read_entries([entry for entry in cfg.datasets if entry != "my_sets.yaml"], "datasets")
-    assert isinstance(content, dict) and content["model"]
+        read_entries([entry for entry in content["datasets"] if entry != "my_sets.yaml"], "datasets")
+    assert content
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_commands_of_check_compose(command: str, compose: Callable[..., DictConfig]) -> None:
+    words = shlex.split(command, comments=True)
+    given = [word for word in words[words.index("check") + 1 :] if not word.startswith("processes=")]
+    OmegaConf.to_container(compose(*given, "paths.run=x"), resolve=True, throw_on_missing=True)
 
 
 def test_table_of_keys_is_of_this_config(compose: Callable[..., DictConfig]) -> None:
