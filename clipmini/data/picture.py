@@ -180,6 +180,19 @@ def open_image(data: bytes) -> Image.Image:
         raise Fault("picture", error) from error
 
 
+def make_thumbnail(data: bytes, pixels: int) -> bytes:
+    """Return a picture as a WebP with so many pixels at most along its longer side.
+
+    Raises:
+        Fault: it cannot be decoded.
+    """
+    image = open_image(data)
+    image.thumbnail((pixels, pixels))
+    content = io.BytesIO()
+    image.save(content, "WEBP", quality=80)
+    return content.getvalue()
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Return a picture as uint8 [3, height, width]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,7 +1,6 @@
 """A few pictures of a set with the texts nearest to them, right and wrong: what a number means to the eye."""
 
 import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from clipmini.data.health import Fault
-from clipmini.data.picture import open_image
+from clipmini.data.picture import make_thumbnail
 from clipmini.evaluation.sets import EvaluationSet
 from clipmini.evaluation.similarity import similarity
 from clipmini.files import write_atomically
@@ -79,7 +78,9 @@ def write_examples(
 ) -> None:
     """Write examples with their pictures, and what was found of each class, so that a report needs no data set."""
     rows = [{**asdict(one), "picture": thumbnail(dataset, one.number)} for one in examples]
-    write_atomically(path, json.dumps({"examples": rows, "classes": list(classes)}, ensure_ascii=False).encode())
+    write_atomically(
+        path, json.dumps({"examples": rows, "classes": list(classes)}, ensure_ascii=False).encode("utf-8", "replace")
+    )
 
 
 def thumbnail(dataset: EvaluationSet, number: int) -> str | None:
@@ -96,8 +97,4 @@ def make_url(data: bytes) -> str:
     Raises:
         Fault: it cannot be decoded.
     """
-    image = open_image(data)
-    image.thumbnail((PIXELS, PIXELS))
-    content = io.BytesIO()
-    image.save(content, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(make_thumbnail(data, PIXELS)).decode()}"

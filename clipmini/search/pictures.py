@@ -1,7 +1,6 @@
 """The pictures of an index, where they were when it was made: for a page that shows them."""
 
 import functools
-import io
 import os
 import re
 import threading
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from clipmini.data.health import Fault
-from clipmini.data.picture import open_image
 from clipmini.data.remote import is_remote
 from clipmini.search.inputs import is_table
 from clipmini.shards.inputs import group_members, read_members
@@ -84,16 +82,3 @@ def read_member(path: str, key: str) -> bytes:
     except (OSError, ValueError) as error:
         raise Fault("picture", f"{os.path.basename(path)} has no picture {key}") from error
     return data
-
-
-def make_thumbnail(data: bytes, pixels: int) -> bytes:
-    """Return a picture as a WebP with so many pixels at most along its longer side.
-
-    Raises:
-        Fault: it cannot be decoded.
-    """
-    image = open_image(data)
-    image.thumbnail((pixels, pixels))
-    content = io.BytesIO()
-    image.save(content, "WEBP", quality=80)
-    return content.getvalue()

@@ -22,9 +22,10 @@ from torch import Tensor
 from clipmini import config, launch
 from clipmini.console import set_up_logging
 from clipmini.data.health import Fault
+from clipmini.data.picture import make_thumbnail
 from clipmini.errors import UserError
 from clipmini.search.index import Index, list_results, open_index
-from clipmini.search.pictures import PictureReader, make_thumbnail
+from clipmini.search.pictures import PictureReader
 from clipmini.search.query import QueryEncoder, load_query_encoder
 
 log = logging.getLogger(__name__)
