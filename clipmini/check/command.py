@@ -165,6 +165,8 @@ def check_processes(cfg: DictConfig, processes: Launch, findings: Findings) -> N
 
 def build_parts(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     """Build each part of a run as training does, and go on where one cannot be."""
+    plain = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
+    here = one_process(parts.processes)
     for group in ("callbacks", "logger"):
         for name, node in cfg[group].items():
             with findings.guard(f"{group}.{name}"):
@@ -180,8 +182,7 @@ def build_parts(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         parts.opened = open_each(cfg, findings)
     with findings.guard("model"):
         teacher = load_teacher(cfg.teacher, config.build(cfg, "loss"))
-        plain = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
-        parts.module = build_module(cfg, plain, one_process(parts.processes), parts.steps or 1, teacher)
+        parts.module = build_module(cfg, plain, here, parts.steps or 1, teacher)
         parts.tokenize = create_tokenizer(parts.module.model.architecture)
     if parts.data is not None and parts.module is not None and parts.tokenize is not None:
         with findings.guard("data"):
@@ -192,9 +193,8 @@ def build_parts(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     with findings.guard("trainer"):
         options = {name: cfg.trainer[name] for name in ("devices", "num_nodes", "strategy")}
         launch.check_processes(parts.processes, **options)
-        build_trainer(alone(cfg), one_process(parts.processes), parts.steps or 1)
+        build_trainer(alone(cfg), here, parts.steps or 1)
     with findings.guard("name"):
-        plain = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
         newest = resume.find_checkpoint(Path(cfg.paths.run), plain)
         if newest is not None and parts.module is not None:
             resume.check_same_model(open_clip_config(parts.module.model), newest)
@@ -232,16 +232,15 @@ def check_length(cfg: DictConfig, parts: Parts, overrides: Sequence[str], findin
     given, is_said = cfg.schedule, any(word.startswith("schedule.warmup_steps=") for word in overrides)
     if parts.steps is None or not {"warmup_steps", "warmup_fraction"} <= set(given):
         return
-    with findings.guard("schedule"):
-        warmup = warmup_length(parts.steps, given.warmup_steps, given.warmup_fraction)
-        text = f"{warmup:,} of {parts.steps:,} steps warm up"
-        if warmup > 0.5 * parts.steps:
-            findings.warn("schedule", f"{text}: lower schedule.warmup_fraction={given.warmup_fraction}")
-        elif is_said and given.warmup_steps >= parts.steps:
-            text += f"; schedule.warmup_steps={given.warmup_steps} would be all of the run, and warmup_fraction wins"
-            findings.warn("schedule", text)
-        else:
-            findings.ok("schedule", text)
+    warmup = warmup_length(parts.steps, given.warmup_steps, given.warmup_fraction)
+    text = f"{warmup:,} of {parts.steps:,} steps warm up"
+    if warmup > 0.5 * parts.steps:
+        findings.warn("schedule", f"{text}: lower schedule.warmup_fraction={given.warmup_fraction}")
+    elif is_said and given.warmup_steps >= parts.steps:
+        text += f"; schedule.warmup_steps={given.warmup_steps} would be all of the run, and warmup_fraction wins"
+        findings.warn("schedule", text)
+    else:
+        findings.ok("schedule", text)
 
 
 def check_rate(cfg: DictConfig, overrides: Sequence[str], findings: Findings) -> None:
@@ -276,7 +275,8 @@ def check_data(cfg: DictConfig, parts: Parts, findings: Findings, *, is_said: bo
         return
     local = cfg.batch_size // parts.processes.world_size
     machine_checks.check_shared_memory(data, local, parts.processes.local_world_size, findings)
-    if probe := data_checks.check_first_pairs(data, findings):
+    with findings.guard("data.samples"):
+        probe = data_checks.probe_data(data)
         data_checks.check_probe(probe, data, parts.tokenize, cfg.loss.duplicates, findings)
         machine_checks.check_packages(has_jpeg=probe.has_jpeg, findings=findings)
 
@@ -334,8 +334,7 @@ def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     try:
         found = estimate(make_trainer, module, data, cfg.batch_size // parts.processes.world_size)
     except torch.OutOfMemoryError as error:
-        keys = "set micro_batch, model.grad_checkpointing=true or a smaller batch_size"
-        findings.fail("memory", f"{' '.join(str(error).split())[:200]}: {keys}")
+        findings.fail("memory", f"{' '.join(str(error).split())[:200]}: set {machine_checks.LESS_MEMORY}")
         return
     device = launch.train_device(cfg.trainer.accelerator, one_process(parts.processes))
     machine_checks.check_memory(found.memory, device, findings, found.how)

@@ -16,7 +16,6 @@ from clipmini.data.loader import ImageTextData
 from clipmini.data.picture import Picture
 from clipmini.data.remote import is_remote
 from clipmini.data.tokenizer import Tokenize, count_tokens
-from clipmini.errors import UserError
 
 PROBED = 1000  # samples
 SECONDS = 10.0  # after which the probe ends with fewer
@@ -182,19 +181,10 @@ def check_sources(data: ImageTextData, steps: int, findings: Findings) -> None:
 
 
 def check_workers(data: ImageTextData, processes: int, cores: int, findings: Findings) -> None:
-    """Compare loader processes with cores, and with the memory that they send batches through."""
+    """Compare loader processes with cores."""
     wanted = data.num_workers * processes
     text = f"{wanted} loader processes and {processes} that train, on {cores} cores"
     if wanted > cores:
         findings.warn("data.num_workers", f"{text}: set data.num_workers={max(1, cores // processes - 1)} or less")
     else:
         findings.ok("data.num_workers", text)
-
-
-def check_first_pairs(data: ImageTextData, findings: Findings) -> Probe | None:
-    """Probe the data; None if that alone would end the run."""
-    try:
-        return probe_data(data)
-    except UserError as error:
-        findings.fail("data.samples", str(error))
-        return None

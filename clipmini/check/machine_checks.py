@@ -16,6 +16,7 @@ from clipmini.data.remote import is_remote
 GIB = 2**30
 TIGHT = 0.8  # of what there is
 SHARDS_AT_ONCE = 2  # of each stream: the one that is read and the next
+LESS_MEMORY = "micro_batch, model.grad_checkpointing=true or a smaller batch_size"  # the keys
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -47,12 +48,18 @@ def check_disk(run: Path, size: int, keep: int, steps_kept: int, findings: Findi
         return
     need, free = size * (keep + steps_kept), shutil.disk_usage(directory).free
     text = f"{keep + steps_kept} checkpoints of about {tell(size)} need {tell(need)}, and {directory} has {tell(free)}"
-    if need > free:
-        findings.fail("disk", f"{text}: set paths.output, checkpoint.keep_last or checkpoint.keep_every_n_steps")
-    elif need > TIGHT * free:
-        findings.warn("disk", f"{text}: set paths.output or checkpoint.keep_last")
+    keys = "paths.output, checkpoint.keep_last or checkpoint.keep_every_n_steps"
+    compare("disk", need, free, text, keys, findings)
+
+
+def compare(name: str, need: int, have: int, text: str, keys: str, findings: Findings) -> None:
+    """Say whether there is as much as is needed, and some to spare; if not, which keys may be set."""
+    if need > have:
+        findings.fail(name, f"{text}: set {keys}")
+    elif need > TIGHT * have:
+        findings.warn(name, f"{text}: set {keys}")
     else:
-        findings.ok("disk", text)
+        findings.ok(name, text)
 
 
 def check_cache(data: ImageTextData, streams: int, findings: Findings) -> None:
@@ -117,12 +124,7 @@ def check_memory(need: int, device: torch.device, findings: Findings, how: str) 
     text = (
         f"about {tell(need)} of each process, of {tell(have)}{' of the GPU' if device.type == 'cuda' else ''} ({how})"
     )
-    if need > have:
-        findings.fail("memory", f"{text}: set micro_batch, model.grad_checkpointing=true or a smaller batch_size")
-    elif need > TIGHT * have:
-        findings.warn("memory", f"{text}: set micro_batch or model.grad_checkpointing=true")
-    else:
-        findings.ok("memory", text)
+    compare("memory", need, have, text, LESS_MEMORY, findings)
 
 
 def main_memory() -> int:

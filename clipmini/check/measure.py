@@ -66,11 +66,7 @@ class StepTimes(pl.Callback):
 
 
 def measure_steps(
-    make_trainer: Callable[[int, pl.Callback], pl.Trainer],
-    module: ClipModule,
-    data: ImageTextData,
-    batch: int,
-    steps: int,
+    make_trainer: MakeTrainer, module: ClipModule, data: ImageTextData, batch: int, steps: int
 ) -> Measured:
     """Train some steps with some batch, as the run would.
 

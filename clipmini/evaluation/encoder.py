@@ -29,6 +29,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 MAX_UNREADABLE = 0.01  # of the pictures of a set
 
 
+def check_precision(precision: str) -> None:
+    """See that a precision is one of a model's.
+
+    Raises:
+        UserError: it is none.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision}: is one of {', '.join(PRECISIONS)}")
+
+
 class Interrupted(Exception):
     """A process was asked to stop, so that all of them have given up what they encoded."""
 

@@ -12,7 +12,7 @@ from clipmini.errors import UserError
 from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
-from clipmini.evaluation.encoder import PRECISIONS, Encoder, evaluation_transform
+from clipmini.evaluation.encoder import Encoder, check_precision, evaluation_transform
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
@@ -56,8 +56,7 @@ class Evaluator:
             raise UserError(f"batch_size={self.batch_size}: must be 1 or more")
         if self.num_workers < 0:
             raise UserError(f"num_workers={self.num_workers}: must be 0 or more, or null")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision={self.precision}: is one of {', '.join(PRECISIONS)}")
+        check_precision(self.precision)
 
     def encoder(
         self,

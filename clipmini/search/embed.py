@@ -31,12 +31,13 @@ from clipmini.data.tokenizer import Tokenize, count_tokens, trim
 from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.evaluation.cache import hash_weights
-from clipmini.evaluation.encoder import PRECISIONS, AnyTransform, Encoder, evaluation_transform
+from clipmini.evaluation.encoder import AnyTransform, Encoder, check_precision, evaluation_transform
 from clipmini.model import encode_image, encode_text, padding, preprocess_cfg
 from clipmini.one_tower import check_has
 from clipmini.search.inputs import Request, open_input, pair_format
 from clipmini.search.layout import Kind, Layout, Partition, Row, check_output, import_pyarrow
 from clipmini.shards.inputs import Input, Item
+from clipmini.shards.packed import DIGEST
 from clipmini.sources import LOCAL_DIRECTORY, Source, load_model
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ class Block:
     texts: list[str] = field(default_factory=list)
     rejected: list[Row] = field(default_factory=list)
     error: UserError | None = None
+
+    def name(self, number: int) -> str:
+        """Return what a sample is called."""
+        row = self.rows[number]
+        return row.get("image_path") or row["source"]
 
 
 class BlockDataset(IterableDataset):
@@ -177,8 +183,7 @@ class Embedder:
         """
         bad = (~features.isfinite().all(dim=1)).nonzero()
         if len(bad):
-            row = block.rows[int(bad[0])]
-            name = row.get("image_path", row.get("source"))
+            name = block.name(int(bad[0]))
             raise UserError(f"{name}: its features are not finite with precision={self.encoder.precision}: take fp32")
         return features
 
@@ -192,10 +197,9 @@ class Embedder:
         lengths = count_tokens(self.encoder.tokenize, block.texts)
         long = [number for number, length in enumerate(lengths) if length > context]
         if long and self.long_texts == "refuse":
-            row, length = block.rows[long[0]], lengths[long[0]]
             raise UserError(
-                f"{row.get('image_path', row.get('source'))}: its text has {length} tokens and the model takes "
-                f"{context}: with long_texts=cut the same command goes on; a shortened one needs a new output"
+                f"{block.name(long[0])}: its text has {lengths[long[0]]} tokens and the model takes {context}: with "
+                "long_texts=cut the same command goes on; a shortened one needs a new output"
             )
         self.cut += len(long)
 
@@ -248,8 +252,7 @@ def check_options(options: dict[str, Any]) -> None:
         raise UserError(f"rows_per_partition={options['rows_per_partition']}: must be 1 or more")
     if options["num_workers"] is not None and options["num_workers"] < 0:
         raise UserError(f"num_workers={options['num_workers']}: must be 0 or more, or null")
-    if options["precision"] not in PRECISIONS:
-        raise UserError(f"precision={options['precision']}: is one of {', '.join(PRECISIONS)}")
+    check_precision(options["precision"])
     if options["long_texts"] not in LONG_TEXTS:
         raise UserError(f"long_texts={options['long_texts']}: is {' or '.join(LONG_TEXTS)}")
 
@@ -298,7 +301,7 @@ def make_record(
         "caption_key": request.caption_key,
         "metadata": request.metadata,
         "rows_per_partition": request.rows_per_partition,
-        "digest": found.digest,
+        DIGEST: found.digest,
         "kinds": list(kinds),
         "width": source.model.architecture["embed_dim"],
         "partitions": len(found.parts),
@@ -312,11 +315,12 @@ def absolute(path: str) -> str:
 
 def embed_parts(embedder: Embedder, layout: Layout, found: Input, processes: launch.Launch) -> None:
     """Embed this process's share of what is not there, and say what there is."""
-    mine = [number for number in layout.missing() if number % processes.world_size == processes.rank]
+    missing = layout.missing()
+    mine = [number for number in missing if number % processes.world_size == processes.rank]
     what = " and ".join({"image": "pictures", "text": "texts"}[kind] for kind in layout.kinds)
     if processes.rank == 0:
         log.info("embedding %s of %s %s in %s", what, f"{found.num_samples:,}", found.kind, layout.directory)
-    if processes.rank == 0 and (done := layout.partitions - len(layout.missing())):
+    if processes.rank == 0 and (done := layout.partitions - len(missing)):
         log.info("going on: %d of %d partitions are there", done, layout.partitions)
     for number in track(mine, len(mine), "partitions"):
         layout.write(number, embedder.embed(found.parts[number]))

@@ -20,7 +20,7 @@ from clipmini.evaluation import wds
 from clipmini.evaluation.datasets import open_sets
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.sets import ClassificationSet, Pictures, RetrievalSet
-from clipmini.shards.inputs import Input, Item, Sample, open_folder, plain, take_caption
+from clipmini.shards.inputs import Input, Item, Sample, check_apart, open_folder, plain, take_caption
 from clipmini.shards.pack import holds_shards
 from clipmini.shards.tables import TABLES, open_table
 
@@ -70,8 +70,7 @@ def open_input(request: Request, store: ShardStore, output: Path) -> Input:
         if os.path.isdir(path) and wds.is_wds(Path(path)):
             return open_evaluation_set(request)
         if os.path.isdir(path) and not holds_shards(path):
-            if output.resolve().is_relative_to(Path(path).resolve()):
-                raise UserError(f"output={output}: is in input={path}, where all folders are searched; choose another")
+            check_apart(path, output)
             return open_folder(path, caption_key, rows)
     except OSError as error:
         raise UserError(f"input={path}: {error}") from error

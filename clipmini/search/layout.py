@@ -19,14 +19,14 @@ import numpy as np
 
 from clipmini.errors import UserError
 from clipmini.files import write_atomically
+from clipmini.shards.packed import DIGEST, check_same
 
 RECORD = "index.json"
 ROW_GROUP = 1000  # rows of metadata that are read for one of them
 REQUIRED = {
-    *("partitions", "width", "kinds", "digest", "input"),
+    *("partitions", "width", "kinds", DIGEST, "input"),
     *("model", "architecture", "weights_of", "weights", "name", "precision"),
 }
-DIGEST = "digest"  # key of the record: of the input's files
 Kind = Literal["image", "text"]
 FOLDERS: dict[Kind, str] = {"image": "img_emb", "text": "text_emb"}
 Row = dict[str, Any]
@@ -166,13 +166,7 @@ def check_output(directory: Path, record: Row) -> None:
             raise UserError(f"output={directory}: is not empty, and holds no index; choose another")
         write_atomically(directory / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         return
-    before = read_record(directory, "output")
-    different = [key for key in record if before.get(key) != record[key]]
-    told = [f"{key}={record[key]} (it was {before.get(key)})" for key in different if key != DIGEST]
-    if different == [DIGEST]:
-        told = ["files of the input: their names, sizes or times have changed"]
-    if different:
-        raise UserError(f"output={directory}: was begun with other {', '.join(told)}; choose another output")
+    check_same(directory, record, read_record(directory, "output"))
 
 
 def read_record(directory: Path, key: str) -> Row:

@@ -172,6 +172,16 @@ def open_folder(root: str, caption_key: str | None, samples_per_shard: int) -> I
     )
 
 
+def check_apart(path: str, output: Path) -> None:
+    """See that what is written does not become a part of the folder that is read.
+
+    Raises:
+        UserError: it would.
+    """
+    if output.resolve().is_relative_to(Path(path).resolve()):
+        raise UserError(f"output={output}: is in input={path}, where all folders are searched; choose another")
+
+
 def walk_folder(root: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yield the relative path of each file below a folder, and its status unless it is a link to nothing."""
     status = os.stat(root)

@@ -19,7 +19,7 @@ from clipmini.data.store import ShardStore
 from clipmini.ema import check_weights
 from clipmini.errors import UserError
 from clipmini.evaluation.datasets import open_sets
-from clipmini.evaluation.encoder import PRECISIONS, Encoder
+from clipmini.evaluation.encoder import Encoder, check_precision
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.sets import EvaluationSet
 from clipmini.files import write_atomically
@@ -126,8 +126,7 @@ def check_options(options: dict[str, Any]) -> None:
         value = options[key]
         if value is not None and not low <= value <= (value if high is None else high):
             raise UserError(f"{key}={value}: must be {f'{low} or more' if high is None else f'from {low} to {high}'}")
-    if options["precision"] not in PRECISIONS:
-        raise UserError(f"precision={options['precision']}: is one of {', '.join(PRECISIONS)}")
+    check_precision(options["precision"])
     check_weights(options["weights"], "weights")
     for key in ("output", "details"):
         if options[key] is not None and Path(options[key]).is_dir():

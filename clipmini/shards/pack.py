@@ -13,7 +13,7 @@ from clipmini.data.locate import is_shard, locate_local
 from clipmini.data.processes import map_in_processes
 from clipmini.errors import UserError, did_you_mean
 from clipmini.files import write_atomically
-from clipmini.shards.inputs import PRELOAD, Input, open_folder, open_shards
+from clipmini.shards.inputs import PRELOAD, Input, check_apart, open_folder, open_shards
 from clipmini.shards.packed import (
     DAMAGED,
     DIGEST,
@@ -165,8 +165,7 @@ def open_source(settings: Settings, output: Path, num_workers: int | None) -> In
         if os.path.isfile(path) and suffix in TABLES:
             return open_table(path, settings.image_key, caption_key, samples_per_shard)
         if os.path.isdir(path) and not holds_shards(path):
-            if output.resolve().is_relative_to(Path(path).resolve()):
-                raise UserError(f"output={output}: is in input={path}, where all folders are searched; choose another")
+            check_apart(path, output)
             return open_folder(path, caption_key, samples_per_shard)
         if os.path.isfile(path) and not is_shard(path):
             raise UserError(f"input={path}: is neither a folder nor {', '.join(TABLES)} or .tar")

@@ -100,8 +100,17 @@ def check_record(folder: Path, record: dict[str, Any]) -> None:
     before = read_object(folder / SETTINGS)
     if record.keys() - before.keys():
         raise UserError(f"output={folder}: its {SETTINGS} is not of this command; choose another output")
-    different = [key for key in record if before[key] != record[key]]
-    told = [f"{key}={record[key]} (it was {before[key]})" for key in different if key != DIGEST]
+    check_same(folder, record, before)
+
+
+def check_same(folder: Path, record: dict[str, Any], before: dict[str, Any]) -> None:
+    """See that what a folder was begun with is what is asked for.
+
+    Raises:
+        UserError: it is not; the digest of the input's files is told in words.
+    """
+    different = [key for key in record if before.get(key) != record[key]]
+    told = [f"{key}={record[key]} (it was {before.get(key)})" for key in different if key != DIGEST]
     if different == [DIGEST]:
         told = ["files of the input: their names, sizes or times have changed"]
     if different:
