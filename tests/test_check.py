@@ -19,9 +19,10 @@ from clipmini.errors import UserError
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A screen on which no line is broken."""
+    """A screen on which no line is broken, and a machine of two cores that has nothing else to do."""
     monkeypatch.setattr(console, "width", 2000)
     monkeypatch.setattr(command, "count_cores", lambda: 2)
+    monkeypatch.setattr(command, "MAX_WAIT", 1.0)  # how long is waited for data depends on what else the machine does
 
 
 @pytest.fixture
@@ -289,6 +290,15 @@ def test_extrapolates_along_a_line() -> None:
         0.1,
     ) and "8 and 32 pairs were made, for 104" in found.how
     assert measure.extrapolate([one, two], 32).seconds == 2.5
+
+
+def test_finds_that_steps_wait_for_data(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wait, expected in ((0.29, 0), (0.31, 1)):
+        monkeypatch.setattr(command, "MAX_WAIT", 0.3)
+        monkeypatch.setattr(command, "estimate", lambda *_, wait=wait: measure.Estimate(0.5, 2**30, wait, "as said"))
+        found = check(expected=0, makes_steps=True)
+        assert sum(line.startswith("data.wait: 31% of a step") for line in found["warn"]) == expected
+        assert any(re.search(r"^time: 0:00:02 for 4 steps, 32 samples/s .*\(as said\)", line) for line in found["ok"])
 
 
 def test_words_of_the_data_are_no_markup(check: Callable, tmp_path: Path) -> None:
