@@ -124,6 +124,8 @@ def count_steps(first: Measured, batch: int) -> int:
 def reset_memory(device: torch.device) -> None:
     """Forget how much memory was used before."""
     if device.type == "cuda":
+        torch.cuda.init()  # which has no statistics before its first use
+        torch.cuda.empty_cache()  # what smaller batches have left would count
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):  # not everywhere; then it is the most since the start
