@@ -172,7 +172,7 @@ class Evaluation(Callback):
             scalars |= row_scalars(result.row)
             if trainer.is_global_zero and result.finding is not None:
                 add_row(self.output, result.row)
-                write_shown(self.shown, result.opened.dataset, result.finding, result.row["key"])
+                write_shown(self.shown, result.opened.dataset, result.finding, result.row, result.estimates)
         return scalars
 
     def save_if_best(self, trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:

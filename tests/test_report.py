@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import QUICK
 from forked import run_forked
@@ -119,37 +120,77 @@ def test_examples_are_right_and_evenly_chosen(trained: Path) -> None:
     assert hits == min(12, round(21 * row["metrics"]["acc1"]))
 
 
+def change(run: Path, to: Path, *, metrics: dict[str, Any], shown: Callable[[dict], None] = lambda _: None) -> Path:
+    """Copy a run, with other numbers in the last row of its results, and in what is kept beside it."""
+    shutil.copytree(run, to)
+    rows = [json.loads(line) for line in (to / "results.jsonl").read_text().splitlines()]
+    rows[-1] |= metrics
+    (to / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = json.loads((to / "evaluation/hostile.json").read_text())
+    shown(kept)
+    (to / "evaluation/hostile.json").write_text(json.dumps(kept))
+    return to
+
+
 def test_compares(trained: Path, tmp_path: Path, run_here: Callable) -> None:
-    other = tmp_path / "outputs/other"
-    shutil.copytree(trained, other)
+    row = read_run(trained).rows[0]
+    value, (low, high) = row["metrics"]["acc1"], row["interval"]["acc1"]
+    changed = {"metrics": row["metrics"] | {"acc1": 0.5}, "interval": row["interval"] | {"acc1": [0.4, 0.6]}}
+    other = change(trained, tmp_path / "outputs/other", metrics=changed | {"resamples": "of other pictures"})
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(re.sub(r"(?m)^seed: .*$", "seed: 77", config))
-    rows = [json.loads(line) for line in (other / "results.jsonl").read_text().splitlines()]
-    rows[-1]["metrics"]["acc1"] = 0.5
-    rows[-1]["interval"]["acc1"] = [0.4, 0.6]
-    (other / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     runs = [read_run(trained), read_run(other)]
     assert list_config_differences(runs).rows == [["seed", "0", "77"]]
     table = list_metric_differences(runs)
-    first = rows[-1] | {"metrics": read_run(trained).rows[0]["metrics"]}
-    value, (low, high) = first["metrics"]["acc1"], read_run(trained).rows[0]["interval"]["acc1"]
     error = ((high - low) ** 2 / 4 + 0.1**2) ** 0.5
     difference = 0.5 - value
     expected = [
         f"{100 * difference:+.1f} points",
-        f"{100 * (difference - error):+.1f} to {100 * (difference + error):+.1f}",
+        f"{100 * (difference - error):+.1f} to {100 * (difference + error):+.1f}, unpaired",
     ]
     assert table.rows[0] == ["hostile, top-1", f"{value:.1%}", "50.0%", *expected]
 
     result = run_here("compare", str(trained), str(other), f"output={tmp_path}/both.html")
-    assert result.returncode == 0 and "seed" in result.stdout and "+" in result.stdout
+    assert result.returncode == 0 and "seed" in result.stdout and "unpaired" in result.stdout
     page = (tmp_path / "both.html").read_text()
-    assert page.count("stroke-dasharray") > 4 and "run and other" in page
+    assert page.count("stroke-dasharray") > 4 and "run and other" in page and f"{expected[1]}</td>" in page
     result = run_here("compare", str(trained), str(trained))
     assert result.returncode == 2 and "is there twice" in result.stderr
     result = run_here("compare", str(trained))
     assert result.returncode == 2 and "needs two or more" in result.stderr
+
+
+def test_compares_pairwise_what_was_measured_on_the_same_pictures(trained: Path, tmp_path: Path) -> None:
+    row = read_run(trained).rows[0]
+    draws = json.loads((trained / "evaluation/hostile.json").read_text())["draws"]["values"]
+    assert draws.keys() == row["interval"].keys() and len(draws["acc1"]) == 1000
+    assert np.nanpercentile(draws["acc1"], (2.5, 97.5)) == pytest.approx(row["interval"]["acc1"], abs=1e-6)
+
+    def better(kept: dict) -> None:
+        """Each resample is between 10 and 30 points better."""
+        found = kept["draws"]["values"]
+        found["acc1"] = [value + 0.1 + 0.2 * number / 999 for number, value in enumerate(found["acc1"])]
+
+    changed = {"metrics": row["metrics"] | {"acc1": row["metrics"]["acc1"] + 0.2}}
+    paired = read_run(change(trained, tmp_path / "paired", metrics=changed, shown=better))
+    stale = read_run(change(trained, tmp_path / "stale", metrics=changed | {"weights": "of a later step"}))
+    older = read_run(change(trained, tmp_path / "older", metrics=changed, shown=lambda kept: kept.pop("draws")))
+    found = list_metric_differences([read_run(trained), paired, stale, older]).rows[0]
+    assert found[3:5] == ["+20.0 points", "+10.5 to +29.5"]
+    assert found[7].endswith("unpaired") and found[10].endswith("unpaired")
+
+
+def test_compares_what_only_another_run_has(trained: Path, tmp_path: Path) -> None:
+    other = change(trained, tmp_path / "other", metrics={})
+    (other / "metrics.csv").write_text("step,train/loss,val/loss\n4,1.5,2.5\n")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.csv").write_text("step,train/loss\n4,1.25\n")
+    rows = list_metric_differences([read_run(bare), read_run(other)]).rows
+    value = f"{read_run(trained).rows[0]['metrics']['acc1']:.1%}"
+    assert rows[0] == ["hostile, top-1", "-", value, "-", "-"]
+    assert rows[-2:] == [["last loss", "1.250", "1.500", "+0.250", ""], ["last val/loss", "-", "2.500", "-", ""]]
 
 
 def test_charts_are_told_apart_without_colours_and_by_those_who_do_not_see() -> None:

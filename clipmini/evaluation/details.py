@@ -2,21 +2,24 @@
 
 import csv
 import io
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipmini.errors import UserError
-from clipmini.evaluation.examples import write_examples
-from clipmini.evaluation.results import Row
+from clipmini.evaluation.examples import show_examples
+from clipmini.evaluation.metrics import Estimate
+from clipmini.evaluation.results import Row, number
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
 from clipmini.evaluation.tasks import Finding
 from clipmini.files import write_atomically
 
 CONFUSED = 30  # classes that a report shows
+DIGITS = 6  # after the point, of what is kept of each bootstrap resample
 
 
 def class_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
@@ -52,12 +55,25 @@ def class_facts(dataset: ClassificationSet, finding: Finding, shown: int = 5) ->
     }
 
 
-def write_shown(directory: Path, dataset: EvaluationSet, finding: Finding, key: str) -> None:
-    """Write what a report shows of a result: pictures with the texts nearest to them, and the most confused classes."""
+def write_shown(
+    directory: Path, dataset: EvaluationSet, finding: Finding, row: Row, estimates: Mapping[str, Estimate]
+) -> None:
+    """Write what pages say of a result beside its row.
+
+    These are pictures with the texts nearest to them, the most confused classes, and the metrics in each bootstrap
+    resample: by them two runs can be compared without what was found of each picture, whatever the metric.
+    """
     table: list[Row] = []
     if isinstance(dataset, ClassificationSet) and finding.predictions is not None:
         table = sorted(class_table(dataset, finding), key=lambda row: (-row["times"], row["recall"], row["class"]))
-    write_examples(shown_path(directory, key), dataset, finding.examples, table[:CONFUSED])
+    draws = {name: [number(round(value, DIGITS)) for value in one.draws] for name, one in estimates.items()}
+    content = {
+        "examples": show_examples(dataset, finding.examples),
+        "classes": table[:CONFUSED],
+        "draws": {"weights": row["weights"], "protocol": row["protocol"], "values": draws},
+    }
+    text = json.dumps(content, ensure_ascii=False)
+    write_atomically(shown_path(directory, row["key"]), text.encode("utf-8", "replace"))
 
 
 def shown_path(directory: Path, key: str) -> Path:

@@ -1,7 +1,7 @@
 """Sets and a model to rows of results, for the command, for what watches a run, and for training itself."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
 from clipmini.evaluation.encoder import Encoder, check_precision, evaluation_transform
+from clipmini.evaluation.metrics import Estimate, estimate
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
@@ -27,6 +28,7 @@ class Result:
     opened: Opened
     row: Row
     finding: Finding | None
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,12 @@ class Evaluator:
                 yield from (Result(opened, row, None) for row in done if row)
                 continue
             for finding in measure(opened, encoder, self.protocol):
-                row = make_row(opened.dataset, finding, self.protocol, {**about, **said})
+                protocol = self.protocol
+                estimates = estimate(finding.outcome, resamples=protocol.resamples, seed=protocol.seed)
+                row = make_row(opened.dataset, finding, protocol, estimates, {**about, **said})
                 if finding.predictions is not None and isinstance(opened.dataset, ClassificationSet):
                     row |= class_facts(opened.dataset, finding)
-                yield Result(opened, row, finding)
+                yield Result(opened, row, finding, estimates)
 
     def check_towers(self, model: Model) -> None:
         """See that a model has the towers that the sets ask for: probes of pictures need no text tower.

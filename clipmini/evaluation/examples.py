@@ -1,10 +1,8 @@
 """A few pictures of a set with the texts nearest to them, right and wrong: what a number means to the eye."""
 
 import base64
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ from clipmini.data.health import Fault
 from clipmini.data.picture import make_thumbnail
 from clipmini.evaluation.sets import EvaluationSet
 from clipmini.evaluation.similarity import similarity
-from clipmini.files import write_atomically
 
 SHOWN = 12  # pictures that were right, and as many that were not
 NEAREST = 5  # texts of each
@@ -73,14 +70,9 @@ def spread(rows: np.ndarray) -> list[int]:
     return rows[np.unique(np.linspace(0, len(rows) - 1, SHOWN).round().astype(int))].tolist() if len(rows) else []
 
 
-def write_examples(
-    path: Path, dataset: EvaluationSet, examples: Sequence[Example], classes: Sequence[dict[str, Any]]
-) -> None:
-    """Write examples with their pictures, and what was found of each class, so that a report needs no data set."""
-    rows = [{**asdict(one), "picture": thumbnail(dataset, one.number)} for one in examples]
-    write_atomically(
-        path, json.dumps({"examples": rows, "classes": list(classes)}, ensure_ascii=False).encode("utf-8", "replace")
-    )
+def show_examples(dataset: EvaluationSet, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Return examples with their pictures, so that who shows them needs no data set."""
+    return [{**asdict(one), "picture": thumbnail(dataset, one.number)} for one in examples]
 
 
 def thumbnail(dataset: EvaluationSet, number: int) -> str | None:

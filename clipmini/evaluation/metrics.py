@@ -41,12 +41,13 @@ class Outcome:
 
 
 class Estimate(NamedTuple):
-    """A metric with the bounds of its 95 % interval and what chance gives."""
+    """A metric with the bounds of its 95 % interval, what chance gives, and its value in each bootstrap resample."""
 
     value: float
     low: float
     high: float
     chance: float
+    draws: tuple[float, ...] = ()
 
 
 def estimate(outcome: Outcome, *, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -64,9 +65,26 @@ def estimate(outcome: Outcome, *, resamples: int, seed: int) -> dict[str, Estima
         drawn.append(outcome.measure(times.astype(np.float64)))
     estimates = {}
     for name, value in values.items():
-        low, high = np.nanpercentile([row[name] for row in drawn], (2.5, 97.5)) if drawn else (math.nan, math.nan)
-        estimates[name] = Estimate(float(value), float(low), float(high), outcome.chance[name])
+        draws = tuple(row[name] for row in drawn)
+        estimates[name] = Estimate(float(value), *bounds(draws), outcome.chance[name], draws)
     return estimates
+
+
+def bounds(draws: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a value that was drawn again and again; NaNs if it never was."""
+    low, high = np.nanpercentile(draws, (2.5, 97.5)) if len(draws) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def paired_bounds(first: Sequence[float | None], other: Sequence[float | None]) -> tuple[float, float]:
+    """Return the 95 % interval of how far a metric is above another one, in the same resamples of the same units.
+
+    What both find easy or hard varies in both alike, and so takes no part in their difference.
+
+    Args:
+        first, other: `Estimate.draws` of both, by the same seed, None for NaN: each pair is of one resample.
+    """
+    return bounds(np.asarray(other, dtype=np.float64) - np.asarray(first, dtype=np.float64))
 
 
 def main_classification_metric(name: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from clipmini.console import log_table
 from clipmini.errors import UserError, did_you_mean
-from clipmini.evaluation.metrics import RECALL_AT, estimate
-from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
+from clipmini.evaluation.metrics import RECALL_AT, Estimate
+from clipmini.evaluation.sets import ClassificationSet, EvaluationSet, hash_content
 from clipmini.evaluation.tasks import PROBES, Finding, Protocol
 from clipmini.files import write_atomically
 
@@ -45,13 +45,19 @@ HEADINGS = {
 MIN_PICTURES = 5  # of a class, on average, where the worst ones are named: else they are the unlucky ones
 
 
-def make_row(dataset: EvaluationSet, finding: Finding, protocol: Protocol, about: Mapping[str, Any]) -> Row:
+def make_row(
+    dataset: EvaluationSet,
+    finding: Finding,
+    protocol: Protocol,
+    estimates: Mapping[str, Estimate],
+    about: Mapping[str, Any],
+) -> Row:
     """Return what is written of a finding.
 
     Args:
+        estimates: of its metrics.
         about: what else is known: the model, its step, hashes of weights and protocol.
     """
-    estimates = estimate(finding.outcome, resamples=protocol.resamples, seed=protocol.seed)
     metrics = {name: number(found.value) for name, found in estimates.items()}
     if "acc1" in metrics:
         metrics.setdefault("acc5", None)  # as DataComp has it for fewer than 5 classes
@@ -69,10 +75,20 @@ def make_row(dataset: EvaluationSet, finding: Finding, protocol: Protocol, about
         "unreadable": len(finding.unreadable),
         "language": dataset.language,
         "shuffled": protocol.shuffled,
+        "resamples": hash_resamples(dataset, finding, protocol),
         **finding.outcome.facts,
         **finding.facts,
         **about,
     }
+
+
+def hash_resamples(dataset: EvaluationSet, finding: Finding, protocol: Protocol) -> str:
+    """Hash which pictures the bootstrap draws again, and by what seed: what is equal makes intervals that are paired.
+
+    The sentences, the precision and the model's own preparation of pictures are no part of it.
+    """
+    places = [[place.key, place.size] for place in dataset.pictures.places]
+    return hash_content(places, finding.unreadable, finding.outcome.count, protocol.seed, protocol.resamples)
 
 
 def number(value: float) -> float | None:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from clipmini.checkpoints.resume import flatten
+from clipmini.evaluation.metrics import paired_bounds
 from clipmini.evaluation.results import HEADINGS, Row, percent
 from clipmini.redaction import redact
 from clipmini.report.page import Section, Table
@@ -18,8 +19,9 @@ ABSENT = "-"
 def compare_sections(runs: Sequence[Run]) -> list[Section]:
     """Return the sections of a page."""
     text = (
-        "Differences are to the first run. Their intervals take the runs as measured apart from each other, and are "
-        "too wide where both saw the same pictures."
+        "Differences are to the first run. Their intervals are paired: each bootstrap resample draws the same pictures "
+        "for both runs. Those that say unpaired take the runs as measured apart from each other, because one of them "
+        "kept no resamples or has those of other pictures; they are too wide where the pictures were the same."
     )
     return [
         Section("Results", text=text, tables=[list_metric_differences(runs)]),
@@ -45,7 +47,7 @@ def list_metric_differences(runs: Sequence[Run]) -> Table:
     columns = ["metric", runs[0].name]
     for run in runs[1:]:
         columns += [run.name, "difference", "95 % interval"]
-    rows = [row for key, metric in list_metrics(runs) if (row := compare_metric(runs, key, metric))]
+    rows = [compare_metric(runs, key, metric) for key, metric in list_metrics(runs)]
     rows += [
         row
         for name, title in (("train/loss", "last loss"), ("val/loss", "last val/loss"))
@@ -57,54 +59,85 @@ def list_metric_differences(runs: Sequence[Run]) -> Table:
 def list_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return the sets and metrics of all runs, in the order of their headings."""
     keys = dict.fromkeys(row["key"] for run in runs for row in run.rows)
-    there = {(row["key"], name) for run in runs for row in run.rows for name in row["metrics"]}
+    there = {
+        (row["key"], name)
+        for run in runs
+        for row in run.rows
+        for name, value in row["metrics"].items()
+        if value is not None
+    }
     return [(key, name) for key in keys for name in HEADINGS if (key, name) in there]
 
 
-def compare_metric(runs: Sequence[Run], key: str, metric: str) -> list[str] | None:
-    """Return a row of the table; None if the first run has no such number."""
-    found = [next((row for row in run.rows if row["key"] == key), None) for run in runs]
-    first = measured(found[0], metric)
-    if first is None:
-        return None
+@dataclass(frozen=True)
+class Measured:
+    """A metric of a run.
+
+    Attributes:
+        error: half the width of its interval, or None.
+        draws: its values in bootstrap resamples, none of runs that did not keep them.
+    """
+
+    row: Row
+    value: float
+    error: float | None
+    draws: Sequence[float | None]
+
+
+def compare_metric(runs: Sequence[Run], key: str, metric: str) -> list[str]:
+    """Return a row of the table."""
     is_share = not metric.endswith("median_rank")
     write = percent if is_share else "{:.1f}".format
-    cells = [f"{key}, {HEADINGS[metric]}", write(first[0])]
-    for row in found[1:]:
-        other = measured(row, metric)
-        if other is None or not is_comparable(found[0], row):
-            cells += [ABSENT if other is None else write(other[0]), ABSENT, "another protocol" if other else ABSENT]
+    first, *others = [find_measured(run, key, metric) for run in runs]
+    cells = [f"{key}, {HEADINGS[metric]}", ABSENT if first is None else write(first.value)]
+    for other in others:
+        if first is None or other is None or not is_comparable(first.row, other.row):
+            reason = "another protocol" if first and other else ABSENT
+            cells += [ABSENT if other is None else write(other.value), ABSENT, reason]
             continue
         scale, unit = (100, " points") if is_share else (1, "")
-        difference = scale * (other[0] - first[0])
-        interval = ABSENT
-        if other[1] is not None and first[1] is not None:
-            error = scale * math.hypot(other[1], first[1])
-            interval = f"{difference - error:+.1f} to {difference + error:+.1f}"
-        cells += [write(other[0]), f"{difference:+.1f}{unit}", interval]
+        difference = f"{scale * (other.value - first.value):+.1f}{unit}"
+        cells += [write(other.value), difference, tell_interval(first, other, scale)]
     return cells
 
 
-def measured(row: Row | None, metric: str) -> tuple[float, float | None] | None:
-    """Return a value and half the width of its interval, None where there is none."""
+def find_measured(run: Run, key: str, metric: str) -> Measured | None:
+    """Return what a run has of a metric; None if nothing."""
+    row = next((row for row in run.rows if row["key"] == key), None)
     value = None if row is None else row["metrics"].get(metric)
     if row is None or value is None:
         return None
     low, high = row["interval"].get(metric) or (None, None)
-    return value, None if low is None or high is None else (high - low) / 2
+    kept = run.shown.get(key, {}).get("draws", {})
+    is_of_row = all(kept.get(name) == row.get(name) for name in ("weights", "protocol"))  # and of no earlier one
+    draws = kept["values"].get(metric, ()) if kept and is_of_row else ()
+    return Measured(row, value, None if low is None or high is None else (high - low) / 2, draws)
 
 
-def is_comparable(first: Row | None, other: Row | None) -> bool:
+def tell_interval(first: Measured, other: Measured, scale: int) -> str:
+    """Return the interval of a difference: paired where both have resamples of the same pictures."""
+    resamples = first.row.get("resamples")
+    if resamples is not None and resamples == other.row.get("resamples") and first.draws and other.draws:
+        low, high = paired_bounds(first.draws, other.draws)
+        return f"{scale * low:+.1f} to {scale * high:+.1f}"
+    if first.error is None or other.error is None:
+        return ABSENT
+    difference, error = other.value - first.value, math.hypot(other.error, first.error)
+    return f"{scale * (difference - error):+.1f} to {scale * (difference + error):+.1f}, unpaired"
+
+
+def is_comparable(first: Row, other: Row) -> bool:
     """Say whether two rows are of one task on as many pictures and classes; names and prompts are not compared."""
     names: tuple[str, ...] = ("dataset", "task", "images", "classes", "language", "shuffled")
-    return all(first.get(name) == other.get(name) for name in names) if first and other else False
+    return all(first.get(name) == other.get(name) for name in names)
 
 
 def compare_last(runs: Sequence[Run], name: str, title: str) -> Iterator[list[str]]:
     """Yield a row with the last values of a curve."""
-    last: list[Any] = [run.curves[name][1][-1] if name in run.curves else None for run in runs]
-    if last[0] is not None:
-        cells = [title, f"{last[0]:.3f}"]
-        for value in last[1:]:
-            cells += [ABSENT, ABSENT, ""] if value is None else [f"{value:.3f}", f"{value - last[0]:+.3f}", ""]
+    first, *others = [run.curves[name][1][-1] if name in run.curves else None for run in runs]
+    if first is not None or any(value is not None for value in others):
+        cells = [title, ABSENT if first is None else f"{first:.3f}"]
+        for value in others:
+            difference = ABSENT if first is None or value is None else f"{value - first:+.3f}"
+            cells += [ABSENT if value is None else f"{value:.3f}", difference, ""]
         yield cells
