@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +15,18 @@ import open_clip
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import read_sample, write_tar
+from conftest import in_processes, read_sample, write_tar
 from forked import run_forked
 from PIL import Image
 from test_model import make_model
 
+from clipmini import distributed
 from clipmini.data.picture import to_rgb
+from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.search import embed, layout
 from clipmini.search.layout import make_parquet
+from clipmini.shards.packed import lock
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +277,40 @@ def test_a_shard_that_is_gone_stops_it(tiny_export: Path, shards: Path, tmp_path
     assert (tmp_path / "index/metadata/metadata_0.parquet").exists()  # what came before it stays
     shutil.copy2(shards / "b.tar", tmp_path / "shards/b.tar")
     assert run_here(*arguments).returncode == 0
+
+
+def test_two_commands_do_not_write_into_one_output(tiny_export: Path, tmp_path: Path, run_here: Callable) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "pictures/1.png")
+    output = tmp_path / "index"
+    assert run_here(*given(tiny_export, tmp_path / "pictures", output)).returncode == 0
+    (output / "metadata/metadata_0.parquet").unlink()
+    with lock(output):
+        half = output / "img_emb/.img_emb_0.npy.0123abcd.tmp"  # which the other command is writing
+        half.write_bytes(b"half")
+        result = run_here(*given(tiny_export, tmp_path / "pictures", output))
+        assert result.returncode == 2 and half.exists()
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"output={output}: another command writes into it ({who}): wait for its end" in result.stderr
+    assert run_here(*given(tiny_export, tmp_path / "pictures", output)).returncode == 0
+    assert not half.exists() and not (output / ".lock").exists()
+
+
+def hold(output: Path) -> bool:
+    """Say whether other commands are kept out when this process is still at it and the first one is done."""
+    with embed.held(output):
+        if distributed.rank() == 0:
+            (output / "done").touch()
+            return True
+        deadline = time.monotonic() + 60
+        while not (output / "done").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another command writes into it"), lock(output):
+            pass
+    return True
+
+
+def test_the_first_process_keeps_others_out_until_all_are_done(tmp_path: Path) -> None:
+    assert in_processes(2, hold, tmp_path, tmp_path / "index") == [True, True]
+    with lock(tmp_path / "index"):
+        pass

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,10 +118,13 @@ def test_a_second_process_is_refused(pictures: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout is not None and first.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match=f"output={tmp_path}: another process is packing into it"):
+        who = f"process {first.pid} on {re.escape(socket.gethostname())}"
+        with pytest.raises(UserError, match=f"^output={tmp_path}: another command writes into it .{who}.: wait for"):
             run_pack(pictures, tmp_path)
-        first.communicate()
+        assert (tmp_path / ".lock").exists()
+        first.kill()
     run_pack(pictures, tmp_path)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_second_run_changes_nothing(copy: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:

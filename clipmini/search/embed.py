@@ -1,9 +1,11 @@
 """`clipmini embed`: pictures, their captions or texts to unit vectors on the disk, in partitions.
 
-Each process takes its share of the partitions, and needs no other: what is there is not done again, wherever it was
-stopped. The bytes are the same for any number of processes and workers: always BLOCK samples are encoded together.
+Each process takes its share of the partitions, and the first one keeps other commands out of the output until all have
+done theirs. What is there is not done again, wherever it was stopped. The bytes are the same for any number of
+processes and workers: always BLOCK samples are encoded together.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import clipmini
-from clipmini import config, launch
+from clipmini import config, distributed, launch
 from clipmini.console import set_up_logging, track
 from clipmini.data.cache import ShardCache
 from clipmini.data.health import Fault
@@ -37,13 +39,14 @@ from clipmini.one_tower import check_has
 from clipmini.search.inputs import Request, open_input, pair_format
 from clipmini.search.layout import Kind, Layout, Partition, Row, check_output, import_pyarrow
 from clipmini.shards.inputs import Input, Item
-from clipmini.shards.packed import DIGEST
+from clipmini.shards.packed import DIGEST, lock
 from clipmini.sources import LOCAL_DIRECTORY, Source, load_model
 
 log = logging.getLogger(__name__)
 
 BLOCK = 64  # samples that are encoded together: with another number the last bits of features may be others
 LONG_TEXTS = ("refuse", "cut")
+PATIENCE = 30 * 24 * 3600.0  # seconds that the first process waits for the others, whose partitions may take longer
 
 
 @dataclass
@@ -219,16 +222,32 @@ def run(arguments: Sequence[str]) -> int:
     check_options(options)
     import_pyarrow()
     output = Path(options["output"])
+    device = launch.choose_device(options["device"], processes)
     try:
-        embed(options, processes, output)
+        with launch.joined(processes, device), held(output):
+            embed(options, processes, device, output)
     except OSError as error:
         raise UserError(f"output={output}: {error}; once that is mended, the same command goes on") from error
     return 0
 
 
-def embed(options: dict[str, Any], processes: launch.Launch, output: Path) -> None:
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Keep other commands from writing into a directory until all processes of this one are done.
+
+    Raises:
+        UserError: another command is at it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        distributed.from_first(lambda: stack.enter_context(lock(output)))
+        yield
+        distributed.set_timeout(PATIENCE)
+        with contextlib.suppress(RuntimeError):  # one of them is gone, and says why itself
+            distributed.all_gather_numbers(0)
+
+
+def embed(options: dict[str, Any], processes: launch.Launch, device: torch.device, output: Path) -> None:
     """Find what there is, load the model, and embed what is not there."""
-    device = launch.choose_device(options["device"], processes)
     names = ("image_key", "caption_key", "metadata", "rows_per_partition")
     request = Request(options["input"], **{name: options[name] for name in names})
     cache = ShardCache(**options["cache"])

@@ -19,7 +19,7 @@ import numpy as np
 
 from clipmini.errors import UserError
 from clipmini.files import write_atomically
-from clipmini.shards.packed import DIGEST, check_same
+from clipmini.shards.packed import DIGEST, LOCK, check_same
 
 RECORD = "index.json"
 ROW_GROUP = 1000  # rows of metadata that are read for one of them
@@ -157,12 +157,10 @@ def check_output(directory: Path, record: Row) -> None:
     Raises:
         UserError: it holds something else.
     """
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output={directory}: is a file, not a directory")
     record = json.loads(json.dumps(record))  # as it is read again
     names = os.listdir(directory) if directory.exists() else []
     if RECORD not in names:
-        if any(not name.endswith(".tmp") for name in names):
+        if any(name != LOCK and not name.endswith(".tmp") for name in names):
             raise UserError(f"output={directory}: is not empty, and holds no index; choose another")
         write_atomically(directory / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         return

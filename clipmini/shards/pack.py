@@ -83,7 +83,6 @@ def pack(
     try:
         check_output(folder)
         source = open_source(settings, folder, num_workers)
-        folder.mkdir(parents=True, exist_ok=True)
         with lock(folder):
             return pack_into(folder, source, settings, num_workers)
     except OSError as error:

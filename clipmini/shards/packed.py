@@ -1,18 +1,20 @@
-"""A directory of packed shards: what tells it from others, keeps two processes apart and says what is done."""
+"""A directory of packed shards: what tells it from others, keeps two commands apart and says what is done."""
 
 import contextlib
 import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from clipmini.errors import UserError
 
 SETTINGS, SIZES, REJECTED = "pack.json", "sizes.json", "rejected.jsonl"
+LOCK = ".lock"  # held by the command that writes; what it says is the command's, for others
 REPORTS = ".pack"  # one report for each shard that is there, until all are
 DIGEST = "digest"  # key of the settings: of the input's files
 DAMAGED = "damaged_shard"  # cause in rejected.jsonl: not of a sample, but of all after it
@@ -33,22 +35,57 @@ class Packed:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep a second process from packing into a folder, where the file system can; it ends with the process.
+    """Keep other commands from writing into a folder, where the file system can; it ends with the process.
+
+    The folder is made if it is not there, and removed if nothing was written into it.
 
     Raises:
-        UserError: another process is at it.
+        UserError: another command is at it, or it cannot be written.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    is_new = not folder.exists()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"output={folder}: another process is packing into it") from error
-        except OSError:  # no locks on this file system
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        file = take(folder / LOCK)
+    except FileExistsError as error:
+        raise UserError(f"output={folder}: is a file, not a directory") from error
+    except OSError as error:
+        raise UserError(f"output={folder}: {error}; once that is mended, the same command goes on") from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def take(path: Path) -> BinaryIO:
+    """Open a file that nobody else has locked, lock it, and write into it who did.
+
+    Raises:
+        UserError: somebody else has.
+        OSError: it cannot be written.
+    """
+    while True:
+        file = open(path, "a+b", buffering=0)  # an exclusive lock on a network needs one that may be written
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace") or "it has just begun"
+            file.close()
+            raise UserError(
+                f"output={path.parent}: another command writes into it ({holder}): wait for its end, or choose another"
+            ) from error
+        except OSError:  # no locks on this file system
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            with contextlib.suppress(OSError):  # a full disk, on which there may be nothing left to write
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # its holder has removed it since
 
 
 def check_output(folder: Path) -> None:
@@ -59,7 +96,8 @@ def check_output(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={folder}: is a file, not a directory")
-    if folder.exists() and not (folder / SETTINGS).exists() and set(folder.iterdir()) - set(find_leftovers(folder)):
+    ours = {*find_leftovers(folder), folder / LOCK}
+    if folder.exists() and not (folder / SETTINGS).exists() and set(folder.iterdir()) - ours:
         raise UserError(f"output={folder}: is not empty, and holds nothing packed by this command; choose another")
 
 
