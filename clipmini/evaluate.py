@@ -80,7 +80,7 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
     check_protocol(protocol)
     entries = read_entries(options["datasets"], "datasets")
     evaluator = Evaluator(
-        open_sets(entries, with_train=bool(options["probes"])),
+        open_sets(entries, "datasets", with_train=bool(options["probes"])),
         protocol,
         options["batch_size"],
         default_num_workers(num_cores) if num_workers is None else num_workers,

@@ -96,7 +96,8 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     config = cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=False)))
     newest = resume.find_checkpoint(run, config)
     datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
-    opened = open_sets(read_entries(datasets, "evaluation.datasets"), with_train=bool(cfg.evaluation.probes))
+    key = "evaluation.datasets"
+    opened = open_sets(read_entries(datasets, key), key, with_train=bool(cfg.evaluation.probes))
     data = build_data(cfg, processes)
     teacher = load_teacher(cfg.teacher, build(cfg, "loss"))
     pl.seed_everything(cfg.seed, verbose=False)

@@ -19,7 +19,7 @@ from clipmini.evaluation.sets import ClassificationSet, RetrievalSet
 
 
 def open_one(path: Path | str, *, with_train: bool = False, **options: Any) -> Opened:
-    (opened,) = open_sets([SetEntry(str(path), **options)], with_train=with_train)
+    (opened,) = open_sets([SetEntry(str(path), **options)], "datasets", with_train=with_train)
     return opened
 
 

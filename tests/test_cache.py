@@ -320,5 +320,14 @@ def test_credentials_are_not_written_into_configs(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["max_bytes", "fetch_timeout", "stall_timeout"])
 def test_limits(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"data.cache.{name}=0: must be above 0"):
-        make_cache(tmp_path, **{name: 0})
+    for under in ("data.", ""):
+        with pytest.raises(UserError, match=f"^{under}cache.{name}=0: must be above 0"):
+            make_cache(tmp_path, under=under, **{name: 0})
+
+
+def test_the_directory_has_the_key_of_who_asks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for under, key in (("data.", "paths.cache"), ("", "cache.directory")):
+        cache = make_cache(tmp_path / "file", under=under)
+        with pytest.raises(UserError, match=f"^{key}={tmp_path}/file: cannot be written: "), cache.lock("a"):
+            pass

@@ -314,3 +314,19 @@ def test_the_first_process_keeps_others_out_until_all_are_done(tmp_path: Path) -
     assert in_processes(2, hold, tmp_path, tmp_path / "index") == [True, True]
     with lock(tmp_path / "index"):
         pass
+
+
+def test_messages_name_the_keys_of_this_command(
+    tiny_export: Path, shards: Path, tmp_path: Path, run_here: Callable
+) -> None:
+    for override, message in (
+        ("max_member_bytes=10", r"\(.*a.tar/noto_1f600: .jpg has \d+, max_member_bytes=10\)"),
+        ("caption_key=cls.txt", r"input: no picture-caption pairs .* \(caption_key\), found: .jpg, .json, .txt"),
+        ("cache.max_bytes=0", r"clipmini: cache.max_bytes=0: must be above 0"),
+        ("cache.fetch_timeout=0.5", r"input=.*tried \d times \(cache.fetch_timeout=0.5 seconds\)"),
+    ):
+        source = "http://127.0.0.1:9/a.tar" if "fetch" in override else shards
+        result = run_here(*given(tiny_export, source, tmp_path / "index", override))
+        assert result.returncode == 2 and re.search(message, result.stderr), result.stderr
+        assert "data." not in result.stderr
+        shutil.rmtree(tmp_path / "index", ignore_errors=True)

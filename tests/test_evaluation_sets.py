@@ -148,7 +148,7 @@ def test_sugarcrepe(tmp_path: Path) -> None:
     write_sugarcrepe(tmp_path / "data/add_att.json", ("a", "b"))
     images = tmp_path / "images"
     write_folders(images, "0.jpg", "1.jpg")
-    opened = open_sets([SetEntry(str(tmp_path / "data"), images=str(images), name="crepe")])
+    opened = open_sets([SetEntry(str(tmp_path / "data"), images=str(images), name="crepe")], "datasets")
     assert [one.dataset.name for one in opened] == ["crepe/add_att", "crepe/swap_obj"]
     dataset = open_one(tmp_path / "data/swap_obj.json", images=str(images)).dataset
     assert isinstance(dataset, ChoiceSet) and dataset.name == "swap_obj"
@@ -228,7 +228,7 @@ def test_yaml_files_name_paths_from_where_they_are(tmp_path: Path, monkeypatch: 
         SetEntry(f"{folder}/pets.csv", name="b", split="val"),
         SetEntry("y", name="c"),
     ]
-    (opened,) = open_sets(entries[:1], with_train=True)
+    (opened,) = open_sets(entries[:1], "datasets", with_train=True)
     assert opened.train is not None and opened.train.pictures.places[0].path == f"{folder}/../pictures/a.jpg"
 
 
@@ -272,8 +272,8 @@ def test_nothing_at_a_path_is_refused(layout: Any) -> None:
 def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [str(write_folders(tmp_path / top / "val", "cat/1.jpg")) for top in "ab"]
     with pytest.raises(UserError, match="^datasets: 2 sets are called 'val': give one another name$"):
-        open_sets([SetEntry(path) for path in paths])
-    assert len(open_sets([SetEntry(paths[0]), SetEntry(paths[1], name="other")])) == 2
+        open_sets([SetEntry(path) for path in paths], "datasets")
+    assert len(open_sets([SetEntry(paths[0]), SetEntry(paths[1], name="other")], "datasets")) == 2
 
 
 # Pictures

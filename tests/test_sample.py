@@ -50,7 +50,7 @@ def test_counts(tmp_path: Path) -> None:
 
 
 def test_no_class_appears_twice() -> None:
-    (opened,) = open_set(SetEntry(str(SAMPLE / "wds_twemoji")))
+    (opened,) = open_set(SetEntry(str(SAMPLE / "wds_twemoji")), "datasets")
     dataset = opened.dataset
     assert isinstance(dataset, ClassificationSet)
     assert len(set(dataset.class_names)) == len(dataset.class_names) == len(dataset.pictures) == 1610

@@ -135,7 +135,7 @@ def test_the_chance_of_a_probe_is_what_labels_alone_give(tmp_path: Path, tiny_js
 
 def test_probes_without_a_training_part(folders: Path) -> None:
     with pytest.raises(UserError, match="test: probes learn from a training part: the key train"):
-        open_sets([SetEntry(str(folders / "test"))], with_train=True)
+        open_sets([SetEntry(str(folders / "test"))], "datasets", with_train=True)
 
 
 def write_pictures(folder: Path, names: list[str]) -> None:

@@ -219,11 +219,12 @@ def alone(cfg: DictConfig) -> DictConfig:
 
 def open_each(cfg: DictConfig, findings: Findings) -> list[Opened]:
     """Open the evaluation sets one by one."""
+    key = "evaluation.datasets"
     datasets = cast(list[Any], OmegaConf.to_container(cfg.evaluation.datasets, resolve=True))
     opened: list[Opened] = []
     for number, entry in enumerate(datasets):
-        with findings.guard(f"evaluation.datasets[{number}]"):
-            opened += open_sets(read_entries([entry], "evaluation.datasets"), with_train=bool(cfg.evaluation.probes))
+        with findings.guard(f"{key}[{number}]"):
+            opened += open_sets(read_entries([entry], key), key, with_train=bool(cfg.evaluation.probes))
     return opened
 
 

@@ -38,6 +38,7 @@ class ShardCache:
         fetch_timeout: seconds that a shard may take with all tries.
         stall_timeout: seconds without a byte after which a try is given up.
         storage_options: options of fsspec's file systems, by protocol; null: none.
+        under: what the keys begin with where this is asked for, for messages; all but training have none.
 
     Raises:
         UserError: a value out of range, or credentials.
@@ -51,15 +52,18 @@ class ShardCache:
         fetch_timeout: float,
         stall_timeout: float,
         storage_options: Mapping[str, Any] | None,
+        under: str = "data.",
     ) -> None:
+        self.under, key = under, f"{under}cache"
         limits = {"max_bytes": max_bytes, "fetch_timeout": fetch_timeout, "stall_timeout": stall_timeout}
         for name, value in limits.items():
             if value is not None and value <= 0:
-                raise UserError(f"data.cache.{name}={value}: must be above 0")
+                raise UserError(f"{key}.{name}={value}: must be above 0")
         self.directory = Path(directory)
+        self.told = f"{'paths.cache' if under else 'cache.directory'}={directory}"  # in messages
         self.max_bytes = max_bytes
-        check_no_secrets(storage_options or {}, "data.cache.storage_options")
-        self.remote = Remote(storage_options or {}, fetch_timeout, stall_timeout)
+        check_no_secrets(storage_options or {}, f"{key}.storage_options")
+        self.remote = Remote(storage_options or {}, fetch_timeout, stall_timeout, key)
         self.waiting: queue.Queue[Shard] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class ShardCache:
         except Timeout:
             raise
         except OSError as error:
-            raise UserError(f"paths.cache={self.directory}: cannot be written: {error}") from error
+            raise UserError(f"{self.told}: cannot be written: {error}") from error
         try:
             yield
         finally:
@@ -149,7 +153,7 @@ class ShardCache:
                 self.take_in(part, path)
             except PermissionError as error:
                 if str(error.filename).startswith(str(self.directory)):
-                    raise UserError(f"paths.cache={self.directory}: cannot be written: {error}") from error
+                    raise UserError(f"{self.told}: cannot be written: {error}") from error
                 raise
             finally:
                 part.unlink(missing_ok=True)
@@ -160,8 +164,8 @@ class ShardCache:
             if error.errno not in (ENOSPC, EDQUOT):
                 raise
             raise UserError(
-                f"paths.cache={self.directory}: the disk is full while fetching {shard.path} ({shard.size} bytes): "
-                "take another disk, or a lower data.cache.max_bytes"
+                f"{self.told}: the disk is full while fetching {shard.path} ({shard.size} bytes): "
+                f"take another disk, or a lower {self.under}cache.max_bytes"
             ) from error
 
     def begin(self, shard: Shard, part: Path) -> None:
@@ -175,8 +179,8 @@ class ShardCache:
             limit = self.limit(files)
             if shard.size > limit:
                 raise UserError(
-                    f"{shard.path} has {shard.size} bytes, but paths.cache={self.directory} may hold {max(limit, 0)}: "
-                    "raise data.cache.max_bytes or take another disk"
+                    f"{shard.path} has {shard.size} bytes, but {self.told} may hold {max(limit, 0)}: "
+                    f"raise {self.under}cache.max_bytes or take another disk"
                 )
             # What is being fetched will grow, to about the size of this one.
             coming = sum(max(size, shard.size) for _, size, path in files if path.endswith(".part"))

@@ -81,7 +81,8 @@ def count_pairs(
         damaged = next((f"; {path} {count.damage}" for path, count in counts.items() if count.damage), "")
         raise UserError(
             f"{key}: no picture-caption pairs in {len(shards)} shards, the first is {shards[0].path}; a pair is "
-            f"{pair_format} of the same name up to the first dot (data.caption_key), found: {found or 'none'}{damaged}"
+            f"{pair_format} of the same name up to the first dot ({cache.under}caption_key), found: {found or 'none'}"
+            f"{damaged}"
         )
     return [replace(shard, num_samples=counts[shard.path].num_pairs) for shard in shards]
 

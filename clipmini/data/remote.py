@@ -50,11 +50,13 @@ class Remote:
         storage_options: options of fsspec's file systems, by protocol.
         fetch_timeout: seconds that a request may take with all tries.
         stall_timeout: seconds without a byte after which a try is given up.
+        key: of the config, that holds these.
     """
 
     storage_options: Mapping[str, Mapping[str, Any]]
     fetch_timeout: float
     stall_timeout: float
+    key: str = "data.cache"
 
     def file_system(self, url: str) -> tuple[Any, str]:
         """Return fsspec's file system for a URL, and the path in it.
@@ -69,7 +71,7 @@ class Remote:
             extra = {"s3": "'clipmini[s3]'", "gs": "'clipmini[gs]'"}.get(protocol, "what it names")
             raise UserError(f"{url}: {error}: pip install {extra}") from error
         except (ValueError, TypeError) as error:
-            options = f"data.cache.storage_options.{protocol}"
+            options = f"{self.key}.storage_options.{protocol}"
             raise UserError(f"{url}: cannot be read ({error}); {options} may set more") from error
 
     def persist(self, what: str, action: Callable[[float], Result]) -> Result:
@@ -104,7 +106,7 @@ class Remote:
                 is_late = time.monotonic() + pause > deadline
                 if is_late or (isinstance(failure, WrongContent) and attempt >= FEW_TRIES):
                     raise UserError(
-                        f"{message}; tried {attempt} times (data.cache.fetch_timeout={self.fetch_timeout:g} seconds); "
+                        f"{message}; tried {attempt} times ({self.key}.fetch_timeout={self.fetch_timeout:g} seconds); "
                         "nothing is lost, the same command goes on from the last checkpoint"
                     ) from error
                 log.warning("%s; trying again in %.1f seconds", message, pause)
@@ -113,7 +115,11 @@ class Remote:
 
     def ask(self, what: str, action: Callable[[], Result]) -> Result:
         """Get an answer over the network, patiently; raises what `persist` does."""
-        return self.persist(what, lambda deadline: within(min(self.stall_timeout, deadline - time.monotonic()), action))
+
+        def attempt(deadline: float) -> Result:
+            return within(min(self.stall_timeout, deadline - time.monotonic()), action, self.key)
+
+        return self.persist(what, attempt)
 
     def read_bytes(self, path: str) -> bytes | None:
         """Read a small file, local or not; None if there is none, or a server does not say that there is."""
@@ -135,7 +141,7 @@ class Remote:
         else:
             file_system, name = self.file_system(url)
             task = in_thread(lambda: file_system.get_file(name, str(target)))
-        watch(target, task, stall_timeout=self.stall_timeout, deadline=deadline)
+        watch(target, task, stall_timeout=self.stall_timeout, deadline=deadline, key=self.key)
 
 
 def unwrap(error: Exception) -> BaseException:

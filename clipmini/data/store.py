@@ -34,11 +34,15 @@ class ShardStore:
         pair_format: what makes a pair.
         cache: where remote shards and the indexes of large ones are kept; None for local shards only.
         max_member_bytes: larger members are refused unread.
+
+    Attributes:
+        under: what the keys that messages name begin with, see `ShardCache`.
     """
 
     def __init__(self, pair_format: PairFormat, cache: ShardCache | None = None, *, max_member_bytes: int) -> None:
         self.pair_format = pair_format
         self.cache = cache
+        self.under = "data." if cache is None else cache.under
         self.max_member_bytes = max_member_bytes
         self.files: OrderedDict[str, int] = OrderedDict()  # by path, the last used last
         self.indexes: OrderedDict[str, ShardIndex] = OrderedDict()
@@ -77,11 +81,11 @@ class ShardStore:
         found, file = self.open_index(shard), self.open_file(shard)
         if index >= len(found):
             cause = "damaged_shard" if found.damage else "absent_sample"
-            raise Fault(cause, found.damage or tell_missing(found, shard))
+            raise Fault(cause, found.damage or tell_missing(found, shard, self.under))
         members = {}
         for extension, (offset, size) in found.members(index).items():
             if only is None or extension in only:
-                check_size(extension, size, self.max_member_bytes)
+                check_size(extension, size, self.max_member_bytes, self.under)
                 members[extension] = os.pread(file, size, offset)
                 if len(members[extension]) != size:
                     raise Fault("damaged_shard", f"ends inside .{extension}")
@@ -161,20 +165,23 @@ class ShardStore:
         return index
 
 
-def check_size(extension: str, size: int, max_member_bytes: int) -> None:
+def check_size(extension: str, size: int, max_member_bytes: int, under: str = "data.") -> None:
     """Refuse a member that is too large.
+
+    Args:
+        under: what the key of the limit begins with.
 
     Raises:
         Fault: it is.
     """
     if size > max_member_bytes:
-        raise Fault("too_many_bytes", f".{extension} has {size}, data.max_member_bytes={max_member_bytes}")
+        raise Fault("too_many_bytes", f".{extension} has {size}, {under}max_member_bytes={max_member_bytes}")
     if size > MAX_CAPTION_BYTES and (extension == "json" or is_text(extension)):
         raise Fault("too_many_bytes", f".{extension} has {size}, a caption may have {MAX_CAPTION_BYTES}")
 
 
-def tell_missing(index: ShardIndex, shard: Shard) -> str:
-    """Tell how many pairs there are of those that were counted."""
+def tell_missing(index: ShardIndex, shard: Shard, under: str) -> str:
+    """Tell how many pairs there are of those that were counted; see `check_size`."""
     told = f"there are {len(index)} pairs, {shard.num_samples} were counted"
     found = ", ".join(index.extensions[:10]) or "none"
-    return told if len(index) else f"{told}; a pair is {index.pair_format} (data.caption_key), found: {found}"
+    return told if len(index) else f"{told}; a pair is {index.pair_format} ({under}caption_key), found: {found}"

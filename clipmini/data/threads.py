@@ -51,24 +51,28 @@ def in_thread(action: Callable[[], Any], stop: Callable[[], None] = lambda: None
     return task
 
 
-def within(seconds: float, action: Callable[[], Result]) -> Result:
+def within(seconds: float, action: Callable[[], Result], key: str) -> Result:
     """Do something that must not take longer.
+
+    Args:
+        key: that holds `stall_timeout` and `fetch_timeout`, for messages.
 
     Raises:
         Stalled: it did.
     """
     task = in_thread(action)
     if not task.done.wait(max(seconds, 0)):
-        raise Stalled(f"no answer for {seconds:.0f} seconds (data.cache.stall_timeout, data.cache.fetch_timeout)")
+        raise Stalled(f"no answer for {seconds:.0f} seconds ({key}.stall_timeout, {key}.fetch_timeout)")
     return task.result()
 
 
-def watch(target: Path, task: Task, *, stall_timeout: float, deadline: float) -> None:
+def watch(target: Path, task: Task, *, stall_timeout: float, deadline: float, key: str) -> None:
     """Wait for a task while its file grows.
 
     Args:
         stall_timeout: seconds without growth.
         deadline: on the monotonic clock.
+        key: see `within`.
 
     Raises:
         Stalled: it did not grow for too long, or was not done in time.
@@ -80,10 +84,10 @@ def watch(target: Path, task: Task, *, stall_timeout: float, deadline: float) ->
             size, changed = found, now
         if now - changed > stall_timeout:
             task.stop()
-            raise Stalled(f"no byte for {stall_timeout:g} seconds (data.cache.stall_timeout)")
+            raise Stalled(f"no byte for {stall_timeout:g} seconds ({key}.stall_timeout)")
         if now > deadline:
             task.stop()
-            raise Stalled(f"only {size} bytes came in time (data.cache.fetch_timeout)")
+            raise Stalled(f"only {size} bytes came in time ({key}.fetch_timeout)")
     task.result()
 
 

@@ -23,35 +23,36 @@ class Opened:
     train: ClassificationSet | None = None
 
 
-def open_sets(entries: Sequence[SetEntry], *, with_train: bool = False) -> list[Opened]:
+def open_sets(entries: Sequence[SetEntry], key: str, *, with_train: bool = False) -> list[Opened]:
     """Read everything of the sets but the pictures.
 
     Args:
+        key: where they are in the config, for messages.
         with_train: read the training parts too.
 
     Raises:
         UserError: something in them is wrong, or two have one name.
     """
-    opened = [one for entry in entries for one in open_set(entry, with_train=with_train)]
+    opened = [one for entry in entries for one in open_set(entry, key, with_train=with_train)]
     names = [one.dataset.name for one in opened]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"datasets: {names.count(name)} sets are called {name!r}: give one another name")
+            raise UserError(f"{key}: {names.count(name)} sets are called {name!r}: give one another name")
     return opened
 
 
-def open_set(entry: SetEntry, *, with_train: bool = False) -> list[Opened]:
-    """Read what an entry names: one set, or of a directory of SugarCrepe one for each file.
+def open_set(entry: SetEntry, key: str, *, with_train: bool = False) -> list[Opened]:
+    """Read what an entry names: one set, or of a directory of SugarCrepe one for each file; see `open_sets`.
 
     Raises:
         UserError: nothing is there, or something in it is wrong.
     """
     path = Path(entry.path)
     if is_shards(entry):
-        return [open_shards(entry, with_train=with_train)]
+        return [open_shards(entry, key, with_train=with_train)]
     if not path.exists():
-        raise UserError(f"datasets={entry.path}: there is no such file or directory")
-    layout = entry.layout or find_layout(path)
+        raise UserError(f"{key}={entry.path}: there is no such file or directory")
+    layout = entry.layout or find_layout(path, key)
     whole_name = path.resolve().stem if path.is_file() else path.resolve().name
     name = entry.name or (wds.set_name(path) if layout == "wds" else whole_name)
     common = {"name": name, "language": entry.language}
@@ -66,10 +67,10 @@ def open_set(entry: SetEntry, *, with_train: bool = False) -> list[Opened]:
         return [open_wds(path, entry, name, with_train=with_train)]
     if layout == "folder":
         return [open_folder(path, entry, name, with_train=with_train)]
-    return [open_table(path, entry, name, with_train=with_train)]
+    return [open_table(path, entry, name, key, with_train=with_train)]
 
 
-def find_layout(path: Path) -> Layout:
+def find_layout(path: Path, key: str) -> Layout:
     """Tell the layout of what is at a path.
 
     Raises:
@@ -86,7 +87,7 @@ def find_layout(path: Path) -> Layout:
     if path.is_dir():
         return "folder"
     known = ", ".join(typing.get_args(Layout))
-    raise UserError(f"datasets={path}: cannot tell its layout; layout is one of {known}")
+    raise UserError(f"{key}={path}: cannot tell its layout; layout is one of {known}")
 
 
 def open_wds(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
@@ -160,20 +161,20 @@ def is_shards(entry: SetEntry) -> bool:
     return entry.layout == "shards" or (entry.layout is None and entry.path.endswith(".tar"))
 
 
-def open_shards(entry: SetEntry, *, with_train: bool) -> Opened:
+def open_shards(entry: SetEntry, key: str, *, with_train: bool) -> Opened:
     """Read the labels of shards; the training part must have the same classes.
 
     Raises:
         UserError: no `label_key`, or a sample without it.
     """
     if entry.label_key is None:
-        raise UserError(f"datasets={entry.path}: label_key must say which key of the .json has the class of a picture")
+        raise UserError(f"{key}={entry.path}: label_key must say which key of the .json has the class of a picture")
     rows, places = wds.read_labelled(entry.path, entry.label_key)
     name = entry.name or Path(entry.path).stem
-    return open_labels(Path(entry.path), entry, name, rows, places, entry.label_key, with_train=with_train)
+    return open_labels(Path(entry.path), entry, name, rows, places, entry.label_key, key, with_train=with_train)
 
 
-def open_table(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Opened:
+def open_table(path: Path, entry: SetEntry, name: str, key: str, *, with_train: bool) -> Opened:
     """Read a table: one with labels is for classification, one with captions for retrieval."""
     rows = tables.read_table(path)
     image = tables.choose_column(rows, entry.image_key, tables.IMAGE_KEYS, "image_key", path)
@@ -191,7 +192,7 @@ def open_table(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> O
     if caption is not None:
         return Opened(tables.pair_rows(name, places, [row.get(caption) for row in rows], entry.language, path))
     assert label is not None
-    return open_labels(path, entry, name, rows, places, label, with_train=with_train)
+    return open_labels(path, entry, name, rows, places, label, key, with_train=with_train)
 
 
 def open_labels(
@@ -201,6 +202,7 @@ def open_labels(
     rows: Sequence[tables.Row],
     places: Sequence[Place],
     label: str,
+    key: str,
     *,
     with_train: bool,
 ) -> Opened:
@@ -218,6 +220,6 @@ def open_labels(
         return Opened(dataset)
     layout = "shards" if is_shards(entry) else "table"
     changes: dict[str, Any] = {"layout": layout, "class_names": names, "label_key": label, "group_key": None}
-    (opened,) = open_set(replace(entry, path=need_train(entry, name), **changes))
+    (opened,) = open_set(replace(entry, path=need_train(entry, name), **changes), key)
     assert isinstance(opened.dataset, ClassificationSet)
     return Opened(dataset, opened.dataset)

@@ -250,7 +250,7 @@ def embed(options: dict[str, Any], processes: launch.Launch, device: torch.devic
     """Find what there is, load the model, and embed what is not there."""
     names = ("image_key", "caption_key", "metadata", "rows_per_partition")
     request = Request(options["input"], **{name: options[name] for name in names})
-    cache = ShardCache(**options["cache"])
+    cache = ShardCache(**options["cache"], under="")
     store = ShardStore(pair_format(request), cache, max_member_bytes=options["max_member_bytes"])
     found = open_input(request, store, output)
     source = load_model(options["model"], architecture=options["architecture"], weights=options["weights"])

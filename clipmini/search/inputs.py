@@ -164,7 +164,7 @@ def open_evaluation_set(request: Request) -> Input:
             f"caption_key={request.caption_key}: {request.path} is an evaluation set, of which only pictures are "
             "embedded: set caption_key=null"
         )
-    (opened,) = open_sets(read_entries([request.path], "input"))
+    (opened,) = open_sets(read_entries([request.path], "input"), "input")
     dataset = opened.dataset
     assert isinstance(dataset, ClassificationSet | RetrievalSet)  # all that this layout holds
     captions = tell_pictures(dataset)

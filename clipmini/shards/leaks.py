@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,11 +141,8 @@ def open_search(options: dict[str, Any]) -> Search:
     given = options["eval"] if isinstance(options["eval"], list) else [options["eval"]]
     if not given:
         raise UserError("eval=[]: no set to look for")
-    try:
-        sets = [opened.dataset for opened in open_sets(read_entries(given, "eval"))]
-    except UserError as error:  # which names the key of `clipmini evaluate`
-        raise UserError(re.sub(r"^datasets\b", "eval", str(error))) from error
-    cache = ShardCache(**options["cache"])
+    sets = [opened.dataset for opened in open_sets(read_entries(given, "eval"), "eval")]
+    cache = ShardCache(**options["cache"], under="")
     store = ShardStore(PairFormat(()), cache, max_member_bytes=options["max_member_bytes"])
     shards: list[Shard] = []
     for entry in read_sources(options["train"], under=""):
