@@ -7,8 +7,9 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -27,6 +28,7 @@ from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.search import embed, layout
 from clipmini.search.layout import make_parquet
 from clipmini.shards.packed import lock
+from clipmini.shards.tables import ParquetPart, open_table
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +332,31 @@ def test_messages_name_the_keys_of_this_command(
         assert result.returncode == 2 and re.search(message, result.stderr), result.stderr
         assert "data." not in result.stderr
         shutil.rmtree(tmp_path / "index", ignore_errors=True)
+
+
+def test_a_row_group_is_read_by_the_workers_that_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {number}" for number in range(500)]
+    path = tmp_path / "texts.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=128)
+    part = open_table(str(path), None, "text", 1000).parts[0]
+    read: list[int] = []
+    real = ParquetPart.group_rows
+
+    def look(self: ParquetPart, file: object, group: int, *rest: int) -> Iterator:
+        read.append(group)
+        return real(self, file, group, *rest)
+
+    monkeypatch.setattr(ParquetPart, "group_rows", look)
+    for workers in (1, 4, 3, 20):
+        blocks, of_workers = [], []
+        for number in range(workers):
+            worker = SimpleNamespace(id=number, num_workers=workers)
+            monkeypatch.setattr(embed, "get_worker_info", lambda worker=worker: worker)
+            read.clear()
+            blocks += list(embed.BlockDataset(part, None, with_texts=True))
+            of_workers.append(list(read))
+        assert [block.number for block in blocks] == list(range(8))
+        assert [text for block in blocks for text in block.texts] == texts
+        assert blocks[3].rows[0]["source"] == "texts.parquet row 193"
+        if workers == 4:
+            assert of_workers == [[0], [1], [2], [3]]

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from clipmini.model import encode_image, encode_text, padding, preprocess_cfg
 from clipmini.one_tower import check_has
 from clipmini.search.inputs import Request, open_input, pair_format
 from clipmini.search.layout import Kind, Layout, Partition, Row, check_output, import_pyarrow
-from clipmini.shards.inputs import Input, Item
+from clipmini.shards.inputs import Input, Item, Part
 from clipmini.shards.packed import DIGEST, lock
 from clipmini.sources import LOCAL_DIRECTORY, Source, load_model
 
@@ -54,12 +54,14 @@ class Block:
     """Some samples that could be read.
 
     Attributes:
+        number: of the block in its part.
         rows: what is known of each.
         images: uint8 [n, 3, size, size], or None.
         rejected: those that could not.
         error: in place of all else, why nothing more can be read; raised in a worker, it would come with a traceback.
     """
 
+    number: int = 0
     rows: list[Row] = field(default_factory=list)
     images: Tensor | None = None
     texts: list[str] = field(default_factory=list)
@@ -73,14 +75,14 @@ class Block:
 
 
 class BlockDataset(IterableDataset):
-    """Reads the samples of a part of the input, BLOCK at a time; each worker takes every n-th block.
+    """Reads the samples of a part of the input, BLOCK at a time; each worker a piece of it, so that all is read once.
 
     Args:
         transform: of pictures; None leaves them out.
         with_texts: whether captions are read.
     """
 
-    def __init__(self, part: Iterable[Item], transform: AnyTransform | None, with_texts: bool) -> None:
+    def __init__(self, part: Part, transform: AnyTransform | None, with_texts: bool) -> None:
         self.part = part
         self.transform = transform
         self.with_texts = with_texts
@@ -88,26 +90,24 @@ class BlockDataset(IterableDataset):
     def __iter__(self) -> Iterator[Block]:
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        items = iter(self.part)
+        count = -(-len(self.part) // BLOCK)
+        blocks = range(number * count // of, (number + 1) * count // of)
+        items = self.part.items(blocks.start * BLOCK, blocks.stop * BLOCK)
         try:
-            for turn in itertools.count():
-                block = list(itertools.islice(items, BLOCK))
-                if not block:
-                    return
-                if turn % of == number:
-                    yield self.read(block)
+            for turn in blocks:
+                yield self.read(turn, list(itertools.islice(items, BLOCK)))
         except UserError as error:
             yield Block(error=error)
         except OSError as error:
             yield Block(error=UserError(f"input: cannot be read on: {error}; the same command goes on"))
 
-    def read(self, items: Sequence[Item]) -> Block:
+    def read(self, number: int, items: Sequence[Item]) -> Block:
         """Read a block.
 
         Raises:
             UserError: a whole shard is not there, which may be mended: its samples are not given up for that.
         """
-        block = Block()
+        block = Block(number)
         images = []
         for name, load in items:
             try:
@@ -119,7 +119,7 @@ class BlockDataset(IterableDataset):
                     raise UserError(f"{name}: {fault.detail}; once that is mended, the same command goes on") from fault
                 block.rejected.append({"source": name, "cause": fault.cause, "detail": fault.detail})
                 continue
-            known = {"caption": sample.caption} if self.with_texts else {}
+            known: Row = {"caption": sample.caption} if self.with_texts else {}
             block.rows.append({**sample.metadata, "image_path" if self.transform else "source": name, **known})
             block.texts += [sample.caption] if self.with_texts else []
         block.images = torch.stack(images) if images else None
@@ -142,7 +142,7 @@ class Embedder:
     long_texts: str
     cut: int = 0
 
-    def embed(self, part: Iterable[Item]) -> Partition:
+    def embed(self, part: Part) -> Partition:
         """Encode what there is in a part.
 
         Raises:
@@ -156,18 +156,24 @@ class Embedder:
             worker_init_fn=leave_signals_to_main,
         )
         width = self.encoder.model.architecture["embed_dim"]
-        found: dict[Kind, list[np.ndarray]] = {kind: [np.empty((0, width), np.float16)] for kind in self.kinds}
-        rows: list[Row] = []
-        rejected: list[Row] = []
+        empty = np.empty((0, width), np.float16)
+        found: list[tuple[Block, dict[Kind, np.ndarray]]] = []
         with self.encoder.ready():
             for block in read_batches(loader, f"num_workers={self.encoder.num_workers}"):
                 if block.error is not None:
                     raise block.error
-                for kind in self.kinds if block.rows else ():
-                    found[kind].append(self.check_finite(self.encode(kind, block), block).half().cpu().numpy())
-                rows += block.rows
-                rejected += block.rejected
-        return Partition({kind: np.concatenate(parts) for kind, parts in found.items()}, rows, rejected)
+                kinds = self.kinds if block.rows else ()
+                features = {
+                    kind: self.check_finite(self.encode(kind, block), block).half().cpu().numpy() for kind in kinds
+                }
+                block.images = None
+                found.append((block, features))
+        found.sort(key=lambda one: one[0].number)
+        return Partition(
+            {kind: np.concatenate([empty, *(one[kind] for _, one in found if one)]) for kind in self.kinds},
+            [row for block, _ in found for row in block.rows],
+            [row for block, _ in found for row in block.rejected],
+        )
 
     def encode(self, kind: Kind, block: Block) -> Tensor:
         """Encode a block: unit vectors [n, D]."""

@@ -20,7 +20,7 @@ from clipmini.evaluation import wds
 from clipmini.evaluation.datasets import open_sets
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.sets import ClassificationSet, Pictures, RetrievalSet
-from clipmini.shards.inputs import Input, Item, Sample, check_apart, open_folder, plain, take_caption
+from clipmini.shards.inputs import Input, Item, Part, Sample, check_apart, open_folder, plain, take_caption
 from clipmini.shards.pack import holds_shards
 from clipmini.shards.tables import TABLES, open_table
 
@@ -89,12 +89,15 @@ def pair_format(request: Request) -> PairFormat:
 
 
 @dataclass(frozen=True)
-class ShardPart:
+class ShardPart(Part):
     """The samples of a shard."""
 
     store: ShardStore
     shard: Shard
     caption_key: str | None
+
+    def __len__(self) -> int:
+        return self.shard.num_samples
 
     def __iter__(self) -> Iterator[Item]:
         for number in range(self.shard.num_samples):
@@ -136,12 +139,15 @@ def open_shards(request: Request, store: ShardStore) -> Input:
 
 
 @dataclass(frozen=True)
-class SetPart:
+class SetPart(Part):
     """Some pictures of an evaluation set, each with its captions or the name of its class."""
 
     pictures: Pictures
     captions: Sequence[str]
     numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[Item]:
         for number in self.numbers:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 from collections import Counter
@@ -35,6 +36,21 @@ class Sample:
 Item = tuple[str, Callable[[], Sample]]  # where a sample comes from, and what reads it or raises Fault
 
 
+class Part:
+    """Some samples of an input, in order."""
+
+    def __len__(self) -> int:
+        """Return how many there are, with those that cannot be used."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Item]:
+        raise NotImplementedError
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield some of them, counted from the first of this part."""
+        return itertools.islice(self, start, stop)
+
+
 @dataclass(frozen=True)
 class Input:
     """All samples of an input.
@@ -51,7 +67,7 @@ class Input:
     kind: str
     num_samples: int
     digest: str
-    parts: Sequence[Iterable[Item]]
+    parts: Sequence[Part]
     damage: tuple[tuple[int, str, str], ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
 
@@ -108,12 +124,15 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class FolderPart:
+class FolderPart(Part):
     """Some pictures of a folder, each with the files beside it."""
 
     root: str
     paths: Sequence[str]  # relative
     caption_key: str | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __iter__(self) -> Iterator[Item]:
         for path in self.paths:
@@ -202,7 +221,7 @@ def walk_folder(root: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[
 
 
 @dataclass(frozen=True)
-class ShardsPart:
+class ShardsPart(Part):
     """Some samples of one or more shards.
 
     Attributes:
@@ -212,6 +231,9 @@ class ShardsPart:
 
     pieces: Sequence[tuple[str, int, int]]
     caption_key: str
+
+    def __len__(self) -> int:
+        return sum(stop - first for _, first, stop in self.pieces)
 
     def __iter__(self) -> Iterator[Item]:
         for path, first, stop in self.pieces:

@@ -9,12 +9,12 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clipmini.data.health import Fault
 from clipmini.errors import UserError, did_you_mean
-from clipmini.shards.inputs import Input, Item, Sample, fingerprint, plain, read_file, take_caption
+from clipmini.shards.inputs import Input, Item, Part, Sample, fingerprint, plain, read_file, take_caption
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLES = (*DELIMITERS, ".jsonl", ".parquet")
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TablePart:
+class TablePart(Part):
     """Some rows of a table.
 
     Attributes:
@@ -48,6 +48,9 @@ class TablePart:
     caption_key: str | None
     first: int
     count: int
+
+    def __len__(self) -> int:
+        return self.count
 
     def rows(self) -> Iterator[Row | Fault]:
         """Yield each row, or what is wrong with it."""
@@ -269,6 +272,10 @@ class ParquetPart(TablePart):
     """
 
     columns: tuple[str, ...]
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield some of the rows; no others are read than those of their row groups."""
+        return iter(replace(self, first=self.first + start, count=min(stop, self.count) - start))
 
     def rows(self) -> Iterator[Row | Fault]:
         file = open_parquet_file(self.path)
