@@ -1,9 +1,11 @@
 """`clipmini serve` as a process of its own: its answers, what it refuses, and many clients at once."""
 
+import base64
 import concurrent.futures
 import contextlib
 import io
 import json
+import os
 import re
 import select
 import shutil
@@ -22,10 +24,15 @@ from typing import Any
 
 import pytest
 from conftest import run_command
+from judging import write_table
 from PIL import Image
 
 from clipmini.data.health import Fault
-from clipmini.search.pictures import PictureReader
+from clipmini.data.picture import make_thumbnail
+from clipmini.search.index import open_index
+from clipmini.search.pictures import PictureReader, TablePictures, open_pictures
+from clipmini.search.server import Refused, Service
+from clipmini.shards.inputs import fingerprint
 
 
 def make_png(width: int, height: int) -> bytes:
@@ -192,3 +199,54 @@ def test_pictures_outside_of_what_was_embedded_are_not_read(folder: Path, tmp_pa
             reader.read(path)
     with pytest.raises(Fault, match="no such|No such"):
         reader.read("b.png")
+
+
+@pytest.mark.parametrize("kind", ["bytes.parquet", "struct.parquet", "base64.jsonl", "path.csv"])
+def test_shows_pictures_that_are_in_a_table(
+    kind: str, folder: Path, tiny_export: Path, tmp_path: Path, run_here: Callable
+) -> None:
+    paths = sorted(folder.glob("*.webp"))[:6]
+    (tmp_path / "secret.webp").write_bytes(paths[0].read_bytes())
+    path = tmp_path / "tables" / kind
+    path.parent.mkdir()
+    make: dict[str, Callable[[Path], Any]] = {
+        "bytes.parquet": Path.read_bytes,
+        "struct.parquet": lambda one: {"bytes": one.read_bytes(), "path": "../secret.webp"},
+        "base64.jsonl": lambda one: base64.b64encode(one.read_bytes()).decode(),
+        "path.csv": lambda one: "../secret.webp" if one == paths[3] else shutil.copy(one, path.parent),
+    }
+    rows = [{"image": make[kind](one)} for one in paths]
+    missing = {"path.csv": "missing.webp", "bytes.parquet": b"", "struct.parquet": {"bytes": b""}, "base64.jsonl": None}
+    rows[1]["image"] = missing[kind]
+    write_table(path, *rows)
+    given = [f"model={tiny_export}", f"input={path}", f"output={tmp_path}/index", "rows_per_partition=4"]
+    assert run_here("embed", *given, "device=cpu", "num_workers=0").returncode == 0
+    index = open_index(tmp_path / "index")
+    service = Service(index, None, open_pictures(index.record, None))  # type: ignore[arg-type]
+    kept = [paths[0], *paths[2:]]
+    for row, one in enumerate(kept):
+        if kind == "path.csv" and one == paths[3]:
+            with pytest.raises(Refused, match="it is outside of"):
+                service.picture(row)
+        else:
+            assert service.picture(row) == make_thumbnail(one.read_bytes(), 256)
+    if kind != "path.csv":
+        assert [known["table_row"] for known in index.describe(range(5))] == [1, 3, 4, 5, 6]
+        with pytest.raises(Fault, match=f"row 2 of {kind} holds no picture|it is missing"):
+            open_pictures(index.record, None).read(None, 2)
+        with pytest.raises(Fault, match=f"row 7 of {kind} holds no picture"):
+            open_pictures(index.record, None).read(None, 7)
+        with pytest.raises(Fault, match="it is outside of"):
+            open_pictures(index.record, str(tmp_path / "index")).read(None, 1)
+        os.utime(path, (1, 1))
+        with pytest.raises(Refused, match=f"{kind} has changed since it was embedded"):
+            service.picture(0)
+
+
+def test_a_path_in_place_of_a_picture_in_a_table_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    shutil.copy(folder / "000.webp", tmp_path / "secret.webp")
+    path = write_table(tmp_path / "tables/a.jsonl", {"image": "../secret.webp"})
+    table = TablePictures(str(path), "image", fingerprint([("a.jsonl", path.stat())]))
+    with pytest.raises(Fault, match="row 1 of a.jsonl holds no picture"):
+        PictureReader(str(path), None, table).read("a.jsonl row 1", 1)

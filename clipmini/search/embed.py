@@ -37,7 +37,7 @@ from clipmini.evaluation.encoder import AnyTransform, Encoder, check_precision, 
 from clipmini.model import encode_image, encode_text, padding, preprocess_cfg
 from clipmini.one_tower import check_has
 from clipmini.search.inputs import Request, open_input, pair_format
-from clipmini.search.layout import Kind, Layout, Partition, Row, check_output, import_pyarrow
+from clipmini.search.layout import TABLE_ROW, Kind, Layout, Partition, Row, check_output, import_pyarrow
 from clipmini.shards.inputs import Input, Item, Part
 from clipmini.shards.packed import DIGEST, lock
 from clipmini.sources import LOCAL_DIRECTORY, Source, load_model
@@ -120,6 +120,7 @@ class BlockDataset(IterableDataset):
                 block.rejected.append({"source": name, "cause": fault.cause, "detail": fault.detail})
                 continue
             known: Row = {"caption": sample.caption} if self.with_texts else {}
+            known |= {TABLE_ROW: sample.row} if sample.row is not None and self.transform else {}
             block.rows.append({**sample.metadata, "image_path" if self.transform else "source": name, **known})
             block.texts += [sample.caption] if self.with_texts else []
         block.images = torch.stack(images) if images else None

@@ -2,7 +2,7 @@
 
 INDEX/img_emb/img_emb_0.npy      unit vectors of pictures, fp16 [n, D], a file for each partition
 INDEX/text_emb/text_emb_0.npy    those of their captions, or of texts alone
-INDEX/metadata/metadata_0.parquet   image_path, caption, and what else is known of each
+INDEX/metadata/metadata_0.parquet   image_path, caption, what else is known of each, and table_row
 INDEX/rejected/rejected_0.jsonl  what could not be used, if there was any
 INDEX/index.json                 what all of it was made of and with
 """
@@ -22,6 +22,7 @@ from clipmini.files import write_atomically
 from clipmini.shards.packed import DIGEST, LOCK, check_same
 
 RECORD = "index.json"
+TABLE_ROW = "table_row"  # column of the metadata: number, from 1, of the table's row that holds the picture itself
 ROW_GROUP = 1000  # rows of metadata that are read for one of them
 REQUIRED = {
     *("partitions", "width", "kinds", DIGEST, "input"),

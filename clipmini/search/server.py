@@ -25,7 +25,8 @@ from clipmini.data.health import Fault
 from clipmini.data.picture import make_thumbnail
 from clipmini.errors import UserError
 from clipmini.search.index import Index, list_results, open_index
-from clipmini.search.pictures import PictureReader
+from clipmini.search.layout import TABLE_ROW
+from clipmini.search.pictures import PictureReader, open_pictures
 from clipmini.search.query import QueryEncoder, load_query_encoder
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Service:
         """
         (known,) = self.index.describe([self.check_row(row)])
         try:
-            return make_thumbnail(self.pictures.read(known.get("image_path")), PIXELS)
+            return make_thumbnail(self.pictures.read(known.get("image_path"), known.get(TABLE_ROW)), PIXELS)
         except Fault as fault:
             raise Refused(404, f"{fault.cause}: {fault.detail}") from fault
 
@@ -233,7 +234,7 @@ def run(arguments: Sequence[str]) -> int:
     with contextlib.closing(bind(options["port"])) as listening:
         device = launch.choose_device(options["device"], launch.read_launch())
         encoder = load_query_encoder(index.record, options["model"], device)
-        service = Service(index, encoder, PictureReader(index.record["input"], options["pictures"]))
+        service = Service(index, encoder, open_pictures(index.record, options["pictures"]))
         app = make_app(service, options["max_upload"], options["top_k"])
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", server_header=False))
         log.info("http://%s:%d  %s; Ctrl-C ends it", HOST, listening.getsockname()[1], json.dumps(service.about()))

@@ -26,11 +26,15 @@ class Sample:
     """A picture in its own format, its caption without white space around it, and what else is known of it.
 
     Either is empty where no key says where it is.
+
+    Attributes:
+        row: number, from 1, of the table's row that holds the picture itself; None of pictures that are elsewhere.
     """
 
     picture: bytes
     caption: str
     metadata: dict[str, Any]
+    row: int | None = None
 
 
 Item = tuple[str, Callable[[], Sample]]  # where a sample comes from, and what reads it or raises Fault

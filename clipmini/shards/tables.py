@@ -61,9 +61,9 @@ class TablePart(Part):
             place = f"{os.path.basename(self.path)} row {number}"
             key = self.image_key
             path = None if key is None or isinstance(row, Fault) else picture_path(row.get(key))
-            yield path or place, functools.partial(self.load, row)
+            yield path or place, functools.partial(self.load, row, number)
 
-    def load(self, row: Row | Fault) -> Sample:
+    def load(self, row: Row | Fault, number: int) -> Sample:
         """Read the picture that a row names or holds."""
         if isinstance(row, Fault):
             raise row
@@ -75,7 +75,7 @@ class TablePart(Part):
         caption, kept = ("", {}) if self.caption_key is None else take_caption(text, self.caption_key)
         picture = b"" if self.image_key is None else read_picture(image, os.path.dirname(self.path))
         known = {key: value for key, value in rest.items() if not isinstance(value, Fault)}
-        return Sample(picture, caption, plain({**known, **kept}))
+        return Sample(picture, caption, plain({**known, **kept}), number if holds_picture(image) else None)
 
 
 def is_base64(text: str) -> bool:
@@ -88,6 +88,11 @@ def picture_path(value: object) -> str | None:
     """Return the path in a picture column, also where it comes with the bytes as in Hugging Face's data sets."""
     value = value.get("path") if isinstance(value, dict) else value
     return value if isinstance(value, str) and not is_base64(value) else None
+
+
+def holds_picture(value: object) -> bool:
+    """Say whether a picture column holds the picture itself, and not only its path."""
+    return bool(value.get("bytes")) if isinstance(value, dict) else bool(value) and picture_path(value) is None
 
 
 def read_picture(value: object, folder: str) -> bytes:
