@@ -202,7 +202,10 @@ def test_finds_a_run_of_another_config(tiny_json: Path, shards: Path, tmp_path: 
 def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     findings = Findings()
     machine_checks.check_disk(tmp_path / "new/run", 2**50, 3, 0, findings)
-    machine_checks.check_memory(2**50, torch.device("cpu"), findings, "how")
+    machine_checks.check_memory(2**50, 1, torch.device("cpu"), findings, "how")
+    have = machine_checks.main_memory()
+    machine_checks.check_memory(have // 2, 1, torch.device("cpu"), findings, "how")
+    machine_checks.check_memory(have // 2, 3, torch.device("cpu"), findings, "how")
     machine_checks.check_variables({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, False, findings)
     machine_checks.check_variables({"WORLD_SIZE": "8"}, False, findings)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -212,7 +215,11 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts,
         (
             "fail disk: 3 checkpoints of about 1048576.0 GiB need",
-            "fail memory: about 1048576.0 GiB of each process",
+            "fail memory: about 1048576.0 GiB of each process, of ",
+            f"ok memory: about {machine_checks.tell(have // 2)} of each process, of {machine_checks.tell(have)} (how)",
+            f"fail memory: about {machine_checks.tell(have // 2)} of each process, "
+            f"{machine_checks.tell(3 * (have // 2))} of the 3 of a node, of {machine_checks.tell(have)} (how): "
+            "set micro_batch, model.grad_checkpointing=true or a smaller batch_size, or fewer processes on a node",
             "warn processes: SLURM_NTASKS=8, and this is one process",
             "fail processes: WORLD_SIZE=8 without the other variables of torchrun",
             "warn packages: JPEGs are decoded faster with simplejpeg: pip install 'clipmini[fast]'",
@@ -221,7 +228,7 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert found.startswith(expected), found
     assert machine_checks.check_variables({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, True, findings) is None
-    assert len(findings.found) == 5
+    assert len(findings.found) == 7
 
 
 def test_checkpoint_bytes() -> None:

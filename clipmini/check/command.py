@@ -338,7 +338,7 @@ def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         findings.fail("memory", f"{' '.join(str(error).split())[:200]}: set {machine_checks.LESS_MEMORY}")
         return
     device = launch.train_device(cfg.trainer.accelerator, one_process(parts.processes))
-    machine_checks.check_memory(found.memory, device, findings, found.how)
+    machine_checks.check_memory(found.memory, parts.processes.local_world_size, device, findings, found.how)
     rate = cfg.batch_size / found.seconds
     what = "the last stage of the curriculum, without" if has_stages else "without"
     text = f"{format_seconds(parts.steps * found.seconds)} for {parts.steps:,} steps, {rate:,.0f} samples/s"

@@ -118,13 +118,22 @@ def check_variables(environment: Mapping[str, str], has_launcher: bool, findings
         )
 
 
-def check_memory(need: int, device: torch.device, findings: Findings, how: str) -> None:
-    """Compare the memory that each process takes with what there is."""
-    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else main_memory()
-    text = (
-        f"about {tell(need)} of each process, of {tell(have)}{' of the GPU' if device.type == 'cuda' else ''} ({how})"
-    )
-    compare("memory", need, have, text, LESS_MEMORY, findings)
+def check_memory(need: int, processes: int, device: torch.device, findings: Findings, how: str) -> None:
+    """Compare the memory that the processes of a node take with what there is.
+
+    Args:
+        need: of a process, without its loader processes.
+        processes: that share the main memory of a node; each has a GPU of its own.
+    """
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+        compare("memory", need, have, f"about {tell(need)} of {tell(have)} of each GPU ({how})", LESS_MEMORY, findings)
+        return
+    have, all_need, keys = main_memory(), need * processes, LESS_MEMORY
+    text = f"about {tell(need)} of each process"
+    if processes > 1:
+        text, keys = f"{text}, {tell(all_need)} of the {processes} of a node", f"{keys}, or fewer processes on a node"
+    compare("memory", all_need, have, f"{text}, of {tell(have)} ({how})", keys, findings)
 
 
 def main_memory() -> int:
