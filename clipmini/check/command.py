@@ -272,7 +272,7 @@ def check_data(cfg: DictConfig, parts: Parts, findings: Findings, *, is_said: bo
     if not is_said:
         data_checks.check_workers(data, parts.processes.local_world_size, count_cores(), findings)
     machine_checks.check_cache(data, cfg.data.shuffle_streams, findings)
-    if parts.tokenize is None or not hasattr(data, "decoder"):
+    if parts.tokenize is None or not data.is_prepared:
         return
     local = cfg.batch_size // parts.processes.world_size
     machine_checks.check_shared_memory(data, local, parts.processes.local_world_size, findings)
@@ -306,7 +306,7 @@ def check_machine(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     every = cfg.checkpoint.keep_every_n_steps
     kept = (parts.steps or 0) // every if every else 0
     machine_checks.check_disk(Path(cfg.paths.run), size, cfg.checkpoint.keep_last + 2, kept, findings)
-    if parts.data is None or parts.steps is None or not hasattr(parts.data, "decoder"):
+    if parts.data is None or parts.steps is None or not parts.data.is_prepared:
         return
     if findings.failed("batch", "config", "data", "data.samples", "model", "trainer", "memory"):
         return  # no step can be made

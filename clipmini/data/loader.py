@@ -251,6 +251,7 @@ class ImageTextData(pl.LightningDataModule):
         self.features: FeatureStore | None = None
         self.teacher: TeacherFeatures | None = None
         self.cached_features = cached_features
+        self.is_prepared = False
         if cached_features:
             check_same_each_time(augmentation, self.content)
         self.max_pixels = max_pixels
@@ -296,6 +297,7 @@ class ImageTextData(pl.LightningDataModule):
             size_limits=size_limits,
         )
         self.num_steps = num_steps
+        self.is_prepared = True
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
