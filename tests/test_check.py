@@ -14,7 +14,9 @@ from PIL import Image
 from clipmini.check import command, machine_checks, measure
 from clipmini.check.findings import Findings
 from clipmini.console import console
+from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
+from clipmini.module import ClipModule
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +276,21 @@ def test_the_recipes_of_the_sample_have_no_faults(experiment: str, run_here: Cal
 def test_a_teacher_is_not_asked_for_features(tiny_export: Path, check: Callable) -> None:
     terms = ("loss.terms.image_teacher=1", f"teacher={tiny_export}")
     assert any("features must be computed first" in line for line in check(*terms, expected=0)["ok"])
+
+
+def test_of_a_curriculum_the_dearest_stage_is_measured(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = measure.measure_steps
+
+    def look(make_trainer: Callable, module: ClipModule, data: ImageTextData, *rest: int) -> measure.Measured:
+        seen.append((data.decoder.size_at(10**9), [(one.image_size, one.patch_dropout) for one in module.curriculum]))
+        return real(make_trainer, module, data, *rest)
+
+    monkeypatch.setattr(measure, "measure_steps", look)
+    stages = "[{until:0.25,image_size:16},{until:0.5,image_size:32},{until:1.0,patch_dropout:0.5}]"
+    found = check(f"curriculum={stages}", expected=0, makes_steps=True)
+    assert seen[-1] == (32, [(32, 0.0)])
+    assert any("4 steps, as if all were of curriculum[1], the dearest stage, " in line for line in found["ok"]), found
 
 
 def test_what_nobody_thought_of_hides_nothing(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

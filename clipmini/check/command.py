@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,6 +318,17 @@ def check_machine(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         measure(cfg, parts, findings)
 
 
+def take_dearest_stage(module: ClipModule, data: ImageTextData) -> str:
+    """Have all steps be of the stage of a curriculum that takes the most time and memory, and say so."""
+    stages = module.curriculum
+    if not stages:
+        return ""
+    dearest = max(stages, key=lambda stage: stage.image_size**2 * (1 - stage.patch_dropout))
+    module.curriculum = (dataclasses.replace(dearest, end=sys.maxsize),)
+    data.decoder = dataclasses.replace(data.decoder, size_limits=((sys.maxsize, dearest.image_size),))
+    return f", as if all were of curriculum[{stages.index(dearest)}], the dearest stage"
+
+
 def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     """Make some real steps, and say what all of them will take."""
     module, data = parts.module, parts.data
@@ -325,9 +337,7 @@ def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     with open_dict(quiet):
         quiet.callbacks, quiet.logger = {}, {}
         quiet.trainer.log_every_n_steps = 1
-    # Of a curriculum the last stage, which takes the most.
-    has_stages, module.curriculum = bool(module.curriculum), ()
-    data.decoder = dataclasses.replace(data.decoder, size_limits=())
+    of_stage = take_dearest_stage(module, data)
 
     def make_trainer(steps: int, watcher: pl.Callback) -> pl.Trainer:
         return build_trainer(quiet, one_process(parts.processes), steps, watcher)
@@ -340,9 +350,8 @@ def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     device = launch.train_device(cfg.trainer.accelerator, one_process(parts.processes))
     machine_checks.check_memory(found.memory, parts.processes.local_world_size, device, findings, found.how)
     rate = cfg.batch_size / found.seconds
-    what = "the last stage of the curriculum, without" if has_stages else "without"
-    text = f"{format_seconds(parts.steps * found.seconds)} for {parts.steps:,} steps, {rate:,.0f} samples/s"
-    findings.ok("time", f"{text} on {launch.describe_device(device)}, {what} evaluations ({found.how})")
+    text = f"{format_seconds(parts.steps * found.seconds)} for {parts.steps:,} steps{of_stage}, {rate:,.0f} samples/s"
+    findings.ok("time", f"{text} on {launch.describe_device(device)}, without evaluations ({found.how})")
     if found.wait > MAX_WAIT:
         text = f"{found.wait:.0%} of a step is waiting for data: see data.num_workers, data.draft, or smaller pictures"
         findings.warn("data.wait", text)
