@@ -18,6 +18,8 @@ from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError
 from clipmini.module import ClipModule
 
+STILL = ("data.augmentation.scale=[1.0,1.0]", "data.augmentation.ratio=[1.0,1.0]", "data.augmentation.flip=0")
+
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +275,27 @@ def test_the_recipes_of_the_sample_have_no_faults(experiment: str, run_here: Cal
     assert result.returncode == 0 and read_table(result.stdout)["fail"] == [], result.stdout
 
 
-def test_a_teacher_is_not_asked_for_features(tiny_export: Path, check: Callable) -> None:
-    terms = ("loss.terms.image_teacher=1", f"teacher={tiny_export}")
-    assert any("features must be computed first" in line for line in check(*terms, expected=0)["ok"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.terms.image_text_teacher=1", "teacher=TEACHER", "data.num_workers=0"],
+        ["data.cached_features=true", "model.lock_image=true", *STILL],
+    ],
+)
+def test_features_that_are_computed_first_are_stood_in_for(
+    overrides: list[str], tiny_export: Path, check: Callable, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    given = [word.replace("TEACHER", str(tiny_export)) for word in overrides]
+    found = check(*given, f"paths.cache={cache}", expected=0, makes_steps=True)
+    (line,) = (line for line in found["ok"] if line.startswith("time: "))
+    assert "without evaluations, and the features that are computed first (steps of 16 pairs were made)" in line
+    assert any(line.startswith("memory: about ") for line in found["ok"]) and not (cache / "features").exists()
+
+
+def test_finds_a_tower_whose_features_cannot_be_kept(check: Callable) -> None:
+    found = check("data.cached_features=true", *STILL, makes_steps=True)
+    assert any(re.search("^data.cached_features: .*the image tower learns", line) for line in found["fail"]), found
 
 
 def test_of_a_curriculum_the_dearest_stage_is_measured(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,12 @@ from yaml import YAMLError
 from clipmini import config, launch
 from clipmini.check import data_checks, machine_checks
 from clipmini.check.findings import Findings
-from clipmini.check.measure import estimate
+from clipmini.check.measure import estimate, has_features, stand_in_for, stand_in_for_locked
 from clipmini.check.set_checks import check_set
 from clipmini.checkpoints import resume
 from clipmini.cli import explain
 from clipmini.console import format_seconds, set_up_logging
+from clipmini.data.features import TeacherFeatures
 from clipmini.data.loader import ImageTextData
 from clipmini.data.processes import count_cores
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
@@ -54,6 +55,7 @@ class Parts:
     module: ClipModule | None = None
     tokenize: Tokenize | None = None
     steps: int | None = None
+    teacher: TeacherFeatures | None = None  # what stands in for those of its teacher
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -183,6 +185,7 @@ def build_parts(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         parts.opened = open_each(cfg, findings)
     with findings.guard("model"):
         teacher = load_teacher(cfg.teacher, config.build(cfg, "loss"))
+        parts.teacher = stand_in_for(teacher)
         parts.module = build_module(cfg, plain, here, parts.steps or 1, teacher)
         parts.tokenize = create_tokenizer(parts.module.model.architecture)
     if parts.data is not None and parts.module is not None and parts.tokenize is not None:
@@ -311,9 +314,12 @@ def check_machine(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         return
     if findings.failed("batch", "config", "data", "data.samples", "model", "trainer", "memory"):
         return  # no step can be made
-    if cfg.teacher is not None or cfg.data.cached_features:
-        findings.ok("time", "not measured: features must be computed first")
-        return
+    if cfg.data.cached_features:
+        with findings.guard("data.cached_features"):
+            parts.data.features = stand_in_for_locked(parts.module.model)
+        if parts.data.features is None:
+            return
+    parts.data.teacher = parts.teacher
     with findings.guard("time"):
         measure(cfg, parts, findings)
 
@@ -350,8 +356,9 @@ def measure(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     device = launch.train_device(cfg.trainer.accelerator, one_process(parts.processes))
     machine_checks.check_memory(found.memory, parts.processes.local_world_size, device, findings, found.how)
     rate = cfg.batch_size / found.seconds
+    left_out = "evaluations, and the features that are computed first" if has_features(data) else "evaluations"
     text = f"{format_seconds(parts.steps * found.seconds)} for {parts.steps:,} steps{of_stage}, {rate:,.0f} samples/s"
-    findings.ok("time", f"{text} on {launch.describe_device(device)}, without evaluations ({found.how})")
+    findings.ok("time", f"{text} on {launch.describe_device(device)}, without {left_out} ({found.how})")
     if found.wait > MAX_WAIT:
         text = f"{found.wait:.0%} of a step is waiting for data: see data.num_workers, data.draft, or smaller pictures"
         findings.warn("data.wait", text)

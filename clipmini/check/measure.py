@@ -1,18 +1,25 @@
 """Some real steps of a run, to measure what all of them will take: memory and time."""
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
+from clipmini.data.features import CaptionFeatureStore, FeatureStore, TeacherFeatures
 from clipmini.data.loader import ImageTextData
+from clipmini.locked_features import check_locked
+from clipmini.model import width_before_projection
 from clipmini.module import ClipModule
+from clipmini.one_tower import Model
+from clipmini.teacher import Teacher
 
 WARM = 2  # steps before those that are timed: the first makes the optimizer's state, and workers start
 TIMED = 12
@@ -63,6 +70,42 @@ class StepTimes(pl.Callback):
         self.ends.append(time.perf_counter())
         assert trainer.train_dataloader is not None
         self.waited.append(trainer.train_dataloader.waited)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Features of no picture and no caption, as wide as those that a run computes before its first step."""
+
+    width: int
+
+    def read(self, *_: object) -> Tensor:
+        """Return the same for each: fp32 [D], of length 1."""
+        return torch.full((self.width,), 1 / math.sqrt(self.width))
+
+
+def stand_in_for(teacher: Teacher | None) -> TeacherFeatures | None:
+    """Return what stands in for the features of a teacher, which is not asked for any."""
+    if teacher is None:
+        return None
+    found = StandIn(teacher.width)
+    return TeacherFeatures(
+        cast(FeatureStore, found) if teacher.image else None, cast(CaptionFeatureStore, found) if teacher.text else None
+    )
+
+
+def stand_in_for_locked(model: Model) -> FeatureStore:
+    """Return what stands in for the features of a locked image tower.
+
+    Raises:
+        UserError: it would give other features each time.
+    """
+    width = width_before_projection(model) if check_locked(model) else model.architecture["embed_dim"]
+    return cast(FeatureStore, StandIn(width))
+
+
+def has_features(data: ImageTextData) -> bool:
+    """Say whether steps read features that a run computes first."""
+    return data.features is not None or data.teacher is not None
 
 
 def measure_steps(
