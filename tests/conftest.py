@@ -31,7 +31,7 @@ from clipmini.guard import Guard
 from clipmini.head import HeadOptions
 from clipmini.objective import ContrastiveLoss
 
-pytest_plugins = ["packing", "embedded"]  # their fixtures
+pytest_plugins = ["packing", "embedded", "servers", "slurm_cluster"]  # their fixtures
 SAMPLE = config.PACKAGE / "sample"
 TINY = {
     "embed_dim": 32,

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
+import pytest
+
 CHUNKS = 16
 
 
@@ -139,3 +142,23 @@ def serve(directory: Path) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An S3 without buckets, and the credentials that it takes."""
+    pytest.importorskip("moto.server")
+    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    server = S3(tmp_path / "s3.log")
+    yield server
+    server.stop()
+
+
+def upload(server: S3, directory: Path, place: str = "bucket") -> None:
+    """Put shards into a new bucket, or below it."""
+    file_system = fsspec.filesystem("s3", endpoint_url=server.url)
+    file_system.mkdir(place.partition("/")[0])
+    for path in directory.glob("*.tar"):
+        file_system.put_file(str(path), f"{place}/{path.name}")

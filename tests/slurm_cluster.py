@@ -5,13 +5,27 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
 TEMPLATES = Path(__file__).parent / "slurm"
+ROOT = Path(__file__).parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "unshare")
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}
+# As a user gives them to sbatch for nodes without GPUs.
+NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10")
+JOB = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PROCESSES_PER_NODE": "1",
+}
 
 
 def why_not() -> str | None:
@@ -137,3 +151,13 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster for the tests of a module."""
+    root = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds sockets
+    cluster = Cluster(root)
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(root)

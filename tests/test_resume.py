@@ -7,17 +7,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from conftest import read_sample, write_tar
 from forked import run_forked
 from runs import STEPS, command, final_state, last_checkpoint, options, read_ledgers, read_losses, run
-from servers import S3
+from servers import S3, upload
 
 # Of the run below, on a Xeon with AMX.
 GOLDEN_LOSSES = [4.1088, 3.0074, 3.1832, 2.8655, 2.8750, 2.8902, 2.8613, 2.8025, 2.7867, 2.8253, 2.7724, 2.7786]
@@ -144,25 +142,6 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_message(shards: Path, tiny_
     _, error = process.communicate(timeout=200)
     assert process.returncode == 2 and "Traceback" not in error, error
     assert "clipmini: the data did not come: DataLoader worker" in error and "the same command goes on" in error
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    pytest.importorskip("moto.server")
-    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    server = S3(tmp_path / "s3.log")
-    yield server
-    server.stop()
-
-
-def upload(server: S3, directory: Path) -> None:
-    """Put shards into a bucket."""
-    file_system = fsspec.filesystem("s3", endpoint_url=server.url)
-    file_system.mkdir("bucket")
-    for path in directory.glob("*.tar"):
-        file_system.put_file(str(path), f"bucket/{path.name}")
 
 
 def test_s3_is_read_resumed_and_waited_for(s3: S3, tiny_json: Path, tmp_path: Path) -> None:

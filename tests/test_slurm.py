@@ -1,11 +1,8 @@
 """Jobs of a real SLURM with two nodes: trained, preempted, signalled, cancelled, swept."""
 
-import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,31 +10,13 @@ import torch
 from conftest import QUICK
 from forked import run_forked
 from runs import final_state, read_ledgers
-from slurm_cluster import Cluster, why_not
+from slurm_cluster import JOB, NODES, Cluster, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts/slurm"
 STEPS = 60
 BATCH = 64
-# As a user gives them to sbatch for nodes without GPUs.
-NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10")
-JOB = {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "PROCESSES_PER_NODE": "1",
-}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    root = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds sockets
-    cluster = Cluster(root)
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(root)
 
 
 def options(shards: Path, tiny_json: Path, steps: int = STEPS) -> list[str]:
