@@ -86,7 +86,7 @@ def log_files(run: Path, towers: Towers) -> None:
     """Name each file of the run."""
     whole, one = 'open_clip.create_model_and_transforms("local-dir:{run}/model")', "for model.pretrained={run}"
     what = {
-        "report.html": "all of this on one page: open it in a browser",
+        "report.html": f"all of this on one page: {(run / 'report.html').absolute().as_uri()}",
         "config.yaml": "the config",
         "train.log": "this output",
         "metrics.csv": "loss, accuracy, scale, learning rate, gradient norm, throughput by step",

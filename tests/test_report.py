@@ -61,7 +61,7 @@ def trained(tiny_json: Path, shards: Path, classification_set: Path, tmp_path_fa
     for steps in (2, 4):
         result = run_forked(["train", *given, datasets, f"steps={steps}"], directory)
         assert result.returncode == 0, result.stderr
-        assert "report.html" in result.stdout
+        assert f"file://{directory}/outputs/run/report.html" in result.stdout
     return directory / "outputs/run"
 
 

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     options = config.read_options("report", arguments)
     set_up_logging(None)
     path = write_report(Path(options["run"]), None if options["output"] is None else Path(options["output"]))
-    log.info("%s", path)
+    log.info("%s", path.absolute().as_uri())
     return 0
 
 
@@ -87,7 +87,7 @@ def compare(arguments: Sequence[str]) -> int:
     for table in (list_config_differences(runs), list_metric_differences(runs)):
         log_table(table.title, table.columns, table.rows)
     path = write(Path(options["output"]), make_page(" and ".join(names), "", compare_sections(runs)))
-    log.info("%s", path)
+    log.info("%s", path.absolute().as_uri())
     return 0
 
 

@@ -103,7 +103,8 @@ def run(arguments: Sequence[str]) -> int:
     if training.example:
         log.warning("%s of them cannot be read: %s", f"{training.causes.total():,}", training.example)
     sections = make_sections(found, search.store, options)
-    log.info("%s", write(Path(options["output"]), make_page("Evaluation pictures in the training data", "", sections)))
+    page = write(Path(options["output"]), make_page("Evaluation pictures in the training data", "", sections))
+    log.info("%s", page.absolute().as_uri())
     return 1 if found.best else 0
 
 
