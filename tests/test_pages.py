@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import QUICK
-from forked import run_forked
+from forked import run_forked, run_python
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from test_serve import serving
 
@@ -154,3 +155,12 @@ def test_search_says_what_is_wrong(made_index: Path, tmp_path: Path, browser: Br
         page.keyboard.press("Enter")
         page.get_by_text("Failed to fetch").wait_for()
         page.close()
+
+
+def test_pictures_of_the_readme(trained: Path, tmp_path: Path) -> None:
+    arguments = ["scripts/readme_pictures.py", str(trained / "run1"), "--output", str(tmp_path)]
+    result = run_forked(arguments, tmp_path, main=run_python)
+    assert result.returncode == 0, result.stderr
+    for name in ("report", "search"):
+        with Image.open(tmp_path / f"{name}.webp") as picture:
+            assert picture.width == 1800 and len(picture.convert("L").getcolors()) > 20  # more than an empty page

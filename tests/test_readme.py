@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -12,6 +13,17 @@ README = (ROOT / "README.md").read_text()
 
 def test_is_short() -> None:
     assert len(README.splitlines()) < 290
+
+
+def test_pictures_are_there_with_what_makes_them() -> None:
+    found = re.findall(r"^!\[(.+)\]\((.+)\) <!-- (scripts/\w+\.py)", README, re.MULTILINE)
+    assert len(found) == README.count("![") == 2
+    for described, path, script in found:
+        assert len(described) > 40 and (ROOT / script).is_file()
+        assert (ROOT / path).stat().st_size < 150_000
+        with Image.open(ROOT / path) as picture:
+            picture.load()
+            assert picture.width >= 900, path
 
 
 def test_tests_that_it_names_are_there() -> None:
