@@ -3,9 +3,11 @@
 Where the start and the end of an interpreter, or what a launcher does, matter, tests start real ones: `runs.start`.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -13,47 +15,99 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
 from clipmini import cli
 
+Main = Callable[[list[str]], int | None]
+
+
+class Forked:
+    """`clipmini` in one process, or several with the variables that torchrun sets, each in a session of its own.
+
+    They are started at once, and killed, with what they have started, at the end of a `with`.
+
+    Args:
+        arguments: the command and what it takes.
+        cwd: their directory.
+        outputs: for each process the files that its stdout and its stderr are appended to.
+        main: of another program, at the top of a module; it is given the arguments, and returns the exit code.
+        environment: more variables.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        outputs: Sequence[tuple[Path, Path]],
+        *,
+        main: Main = cli.main,
+        **environment: str,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.processes = [
+            context.Process(target=_run, args=(main, list(arguments), cwd, {**variables, **environment}, files))
+            for variables, files in zip(make_environments(len(outputs)), outputs, strict=True)
+        ]
+        for process in self.processes:
+            process.start()
+        self.pids = [process.pid for process in self.processes if process.pid]
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.kill()
+
+    def poll(self) -> list[int] | None:
+        """Return the exit codes, by rank, when all have ended."""
+        codes = [process.exitcode for process in self.processes]
+        return [code for code in codes if code is not None] if None not in codes else None
+
+    def wait(self, timeout: float) -> list[int]:
+        """Wait until all have ended, and return the exit codes by rank; they are killed if that takes too long."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = self.poll()
+        if codes is None:
+            self.kill()
+            raise TimeoutError(f"processes did not end within {timeout} seconds")
+        return codes
+
+    def send_to_groups(self, number: int) -> None:
+        """Send a signal to all and to what they have started, as a terminal and a scheduler do."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    def kill(self) -> None:
+        """Kill all, and what they have started."""
+        self.send_to_groups(signal.SIGKILL)
+        for process in self.processes:
+            process.kill()  # one that leads no group yet, too
+            process.join()
+
 
 def run_forked(
-    arguments: Sequence[str],
-    cwd: Path,
-    *,
-    processes: int = 1,
-    timeout: float = 300,
-    main: Callable[[list[str]], int | None] = cli.main,
+    arguments: Sequence[str], cwd: Path, *, processes: int = 1, timeout: float = 300, main: Main = cli.main
 ) -> subprocess.CompletedProcess:
     """Run `clipmini` in a directory, in several processes with the variables that torchrun sets.
 
     Args:
-        main: of another program, at the top of a module; it is given the arguments, and returns the exit code.
+        main: see `Forked`.
 
     Returns:
         What all of them have printed, one after the other, and the first exit code that is not 0.
     """
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory() as outputs:
-        started = [
-            context.Process(target=_run, args=(main, list(arguments), cwd, variables, f"{outputs}/{rank}"))
-            for rank, variables in enumerate(make_environments(processes))
-        ]
-        for process in started:
-            process.start()
-        deadline = time.monotonic() + timeout
-        for process in started:
-            process.join(max(0, deadline - time.monotonic()))
-        late = [process.kill() for process in started if process.is_alive()]
-        texts = [
-            "".join(Path(f"{outputs}/{rank}.{name}").read_text() for rank in range(processes))
-            for name in ("stdout", "stderr")
-        ]
-    assert not late, f"{arguments} did not end in time: {texts}"
-    code = next((process.exitcode for process in started if process.exitcode), 0)
-    return subprocess.CompletedProcess(arguments, code, *texts)
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [(Path(f"{scratch}/{rank}.stdout"), Path(f"{scratch}/{rank}.stderr")) for rank in range(processes)]
+        with Forked(arguments, cwd, outputs, main=main) as started:
+            codes = started.wait(timeout)
+        stdout, stderr = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
+    return subprocess.CompletedProcess(arguments, next((code for code in codes if code), 0), stdout, stderr)
 
 
 def run_python(arguments: list[str]) -> None:
@@ -88,14 +142,16 @@ def torchrun_variables(rank: int, world_size: int, port: str) -> dict[str, str]:
     }
 
 
-def _run(
-    main: Callable[[list[str]], int | None], arguments: list[str], cwd: Path, variables: dict[str, str], output: str
-) -> None:
-    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
-        with open(f"{output}.{name}", "w") as file:
+def _run(main: Main, arguments: list[str], cwd: Path, variables: dict[str, str], outputs: tuple[Path, Path]) -> None:
+    os.setsid()
+    # Shells have what they start in the background ignore Ctrl-C, and these tests may be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        with open(path, "a") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))  # as an interpreter does
     os.chdir(cwd)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # workers start as they do from a shell

@@ -1,4 +1,7 @@
-"""Whole runs of a tiny model: on one process, or several as under torchrun; `start` starts them as users do."""
+"""Whole runs of a tiny model: on one process, or several as under torchrun.
+
+`start` starts them as users do; `start_forked` is for what depends neither on an interpreter nor on torchrun.
+"""
 
 import csv
 import os
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 from conftest import QUICK
-from forked import run_forked
+from forked import Forked, run_forked
 
 from clipmini.checkpoints.disk import list_checkpoints, load_checkpoint
 
@@ -86,12 +89,19 @@ def start(directory: Path, processes: int, arguments: list[str], **environment: 
         )
 
 
+def start_forked(directory: Path, processes: int, arguments: list[str], **environment: str) -> Forked:
+    """Start a run; both outputs of all of its processes go to a file."""
+    directory.mkdir(exist_ok=True)
+    files = (directory / "output", directory / "output")
+    return Forked(["train", *arguments], directory, [files] * processes, **environment)
+
+
 def output(directory: Path) -> str:
     """Return what a started run has printed."""
     return (directory / "output").read_text()
 
 
-def wait_for_steps(directory: Path, process: subprocess.Popen, steps: int, timeout: float = 200) -> None:
+def wait_for_steps(directory: Path, process: subprocess.Popen | Forked, steps: int, timeout: float = 200) -> None:
     """Wait until a run has trained so many steps."""
     metrics = directory / "outputs/run/metrics.csv"
     deadline = time.monotonic() + timeout
@@ -100,15 +110,15 @@ def wait_for_steps(directory: Path, process: subprocess.Popen, steps: int, timeo
         time.sleep(0.02)
 
 
-def ranks(process: subprocess.Popen) -> list[int]:
-    """Return the processes that train, by rank; those of one without a launcher are itself."""
+def ranks(torchrun: subprocess.Popen) -> list[int]:
+    """Return the processes that train, by rank."""
     found = {}
-    for pid in [process.pid, *children(process.pid)]:
+    for pid in children(torchrun.pid):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         rank = next((value[5:] for value in variables if value.startswith(b"RANK=")), None)
         if rank is not None:
             found[int(rank)] = pid
-    return [found[rank] for rank in sorted(found)] or [process.pid]
+    return [found[rank] for rank in sorted(found)]
 
 
 def children(pid: int) -> list[int]:

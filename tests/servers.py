@@ -144,16 +144,17 @@ def serve(directory: Path) -> Iterator[Server]:
         server.stop()
 
 
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """An S3 without buckets, and the credentials that it takes."""
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A server, and what clients need to be let in."""
     pytest.importorskip("moto.server")
     names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    server = S3(tmp_path / "s3.log")
-    yield server
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        server = S3(tmp_path_factory.mktemp("s3") / "s3.log")
+        yield server
+        server.stop()
 
 
 def upload(server: S3, directory: Path, place: str = "bucket") -> None:

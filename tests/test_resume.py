@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,19 @@ import pytest
 import torch
 from conftest import read_sample, write_tar
 from forked import run_forked
-from runs import STEPS, command, final_state, last_checkpoint, options, read_ledgers, read_losses, run
+from runs import (
+    STEPS,
+    children,
+    final_state,
+    last_checkpoint,
+    options,
+    output,
+    read_ledgers,
+    read_losses,
+    run,
+    start_forked,
+    wait_for_steps,
+)
 from servers import S3, upload
 
 # Of the run below, on a Xeon with AMX.
@@ -106,22 +117,13 @@ def test_sample_ledger(processes: int, whole: Path, shards: Path, tiny_json: Pat
     arguments = options(tiny_json, shards, "data.num_workers=1", "checkpoint.every_n_steps=3")
     ledger = directory / "outputs/run/ledger/rank-00000.csv"
     for _ in range(2):
-        process = subprocess.Popen(
-            command(processes, arguments),
-            cwd=directory,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
         before = len(ledger.read_text().splitlines()) if ledger.exists() else 0
         rows = before + rng.randrange(1, 40)
         deadline = time.monotonic() + 200
-        while process.poll() is None and not (ledger.exists() and len(ledger.read_text().splitlines()) > rows):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with start_forked(directory, processes, arguments) as process:  # its end kills them all
+            while process.poll() is None and not (ledger.exists() and len(ledger.read_text().splitlines()) > rows):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
     run(directory, processes, arguments)
     # Rows that a killed run wrote after its last checkpoint are gone: what is left is what the model has seen.
     assert read_ledgers(directory) == read_ledgers(whole)
@@ -130,18 +132,15 @@ def test_sample_ledger(processes: int, whole: Path, shards: Path, tiny_json: Pat
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_message(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
     arguments = options(tiny_json, shards, "data.num_workers=1", "steps=100000", "checkpoint.every_n_steps=5")
-    process = subprocess.Popen(
-        command(1, arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not list((tmp_path / "outputs/run/checkpoints").glob("*.ckpt")):
-        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data")]
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 2 and "Traceback" not in error, error
-    assert "clipmini: the data did not come: DataLoader worker" in error and "the same command goes on" in error
+    with start_forked(tmp_path, 1, arguments) as process:
+        wait_for_steps(tmp_path, process, 5)
+        pids = children(process.pids[0])
+        worker = next(pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data"))
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait(timeout=200) == [2], output(tmp_path)
+    text = output(tmp_path)
+    assert "clipmini: the data did not come: DataLoader worker" in text and "the same command goes on" in text
+    assert "Traceback" not in text
 
 
 def test_s3_is_read_resumed_and_waited_for(s3: S3, tiny_json: Path, tmp_path: Path) -> None:
@@ -162,19 +161,13 @@ def test_s3_is_read_resumed_and_waited_for(s3: S3, tiny_json: Path, tmp_path: Pa
         "data.num_workers=1",
     )
     run(tmp_path / "run", 1, [*arguments, "steps=3"])
-    process = subprocess.Popen(
-        command(1, arguments), cwd=tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    ledger = tmp_path / "run/outputs/run/ledger/rank-00000.csv"
-    while "\n5," not in ledger.read_text():
-        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
-        time.sleep(0.01)
-    s3.pause()
-    time.sleep(6)
-    s3.go_on()
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert "trying again in" in output  # the outage was met
+    with start_forked(tmp_path / "run", 1, arguments) as process:
+        wait_for_steps(tmp_path / "run", process, 5)
+        s3.pause()
+        time.sleep(6)
+        s3.go_on()
+        assert process.wait(timeout=200) == [0], output(tmp_path / "run")
+    assert "trying again in" in output(tmp_path / "run")  # the outage was met
     assert read_ledgers(tmp_path / "run") == read_ledgers(tmp_path / "local")
     assert read_losses(tmp_path / "run") == pytest.approx(read_losses(tmp_path / "local"), abs=1e-5)
     assert sum(path.stat().st_size for path in tmp_path.glob("cache/shards/*.tar")) <= 500_000
