@@ -1,5 +1,6 @@
 """Jobs of a real SLURM with two nodes: trained, preempted, signalled, cancelled, swept."""
 
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,9 @@ from conftest import QUICK
 from forked import run_forked
 from runs import final_state, read_ledgers
 from slurm_cluster import JOB, NODES, Cluster, why_not
+
+from clipmini.errors import UserError
+from clipmini.launch import Launch, choose_environment, read_launch
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 ROOT = Path(__file__).parent.parent
@@ -136,40 +140,41 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, shards: Path, tiny
     assert not cluster.call("squeue", "--noheader")
 
 
-READ = """
-from clipmini.launch import choose_environment, read_launch
-processes = read_launch()
-environment = choose_environment(processes)
-counts = (processes.world_size, processes.local_world_size, processes.num_nodes)
-print("read", processes.launcher, *counts, environment.main_address, environment.main_port)
-"""
+def read_task(path: Path) -> tuple[Launch, str, int]:
+    """Return what a task, whose variables `env -0` has written, reads from them."""
+    variables = dict(line.split("=", 1) for line in path.read_text().split("\0") if line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", variables)  # to which what it chooses is added
+        processes = read_launch()
+        environment = choose_environment(processes)
+        return processes, environment.main_address, environment.main_port
 
 
 def test_what_is_read_from_srun(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "read.py").write_text(READ)
-    read = f"{sys.executable} {tmp_path}/read.py"
-    script = f"""#!/bin/bash
-        srun --nodes=1 --ntasks=1 --nodelist=n2 {read}
-        MASTER_PORT=23456 srun --ntasks-per-node=1 --ntasks=2 {read}
-        srun --ntasks=3 {read} || echo exit code $?
+    script = """#!/bin/bash
+        srun --nodes=1 --ntasks=1 --nodelist=n2 --output=one.%t env -0
+        MASTER_PORT=23456 srun --ntasks-per-node=1 --ntasks=2 --output=two.%t env -0
+        srun --ntasks=3 --output=three.%t env -0
     """
     (tmp_path / "job.sh").write_text(script)
     size = ("--nodes=2", "--ntasks-per-node=2", "--time=5")
     job = cluster.submit(*size, "--output=out", str(tmp_path / "job.sh"), cwd=tmp_path, environment=JOB)
-    cluster.wait(job)
-    text = (tmp_path / "out").read_text()
-    lines = sorted(line for line in text.splitlines() if line.startswith("read "))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(tmp_path)
     # A step of one task in a job of four has an address and a port of its own.
-    assert lines[0].startswith("read srun 1 1 1 n2 ") and 15000 <= int(lines[0].split()[-1]) < 25000
-    assert lines[1:] == ["read srun 2 1 2 n1 23456"] * 2
-    assert text.count("UserError: srun made 2,1 tasks on the nodes") == 3 and "exit code 1" in text
+    processes, address, port = read_task(tmp_path / "one.0")
+    assert (processes, address) == (Launch("srun", 1, 1, 0), "n2") and 15000 <= port < 25000
+    for rank in range(2):
+        assert read_task(tmp_path / f"two.{rank}") == (Launch("srun", 2, 1, rank), "n1", 23456)
+    for rank in range(3):
+        with pytest.raises(UserError, match="srun made 2,1 tasks on the nodes"):
+            read_task(tmp_path / f"three.{rank}")
 
 
 def test_srun_in_an_interactive_allocation_is_a_launcher(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "read.py").write_text(READ)
-    read = [sys.executable, str(tmp_path / "read.py")]
-    lines = cluster.call("salloc", "--nodes=2", "--time=5", "srun", *read, cwd=tmp_path, **JOB).splitlines()
-    assert [line.rsplit(" ", 1)[0] for line in lines] == ["read srun 2 1 2 n1"] * 2
+    write = ("srun", "--output=step.%t", "env", "-0")
+    cluster.call("salloc", "--nodes=2", "--time=5", *write, cwd=tmp_path, **JOB)
+    for rank in range(2):
+        assert read_task(tmp_path / f"step.{rank}")[:2] == (Launch("srun", 2, 1, rank), "n1")
 
 
 def test_a_sweep_is_submitted_run_by_run(cluster: Cluster, shards: Path, tiny_json: Path, tmp_path: Path) -> None:
