@@ -146,7 +146,7 @@ def serve(directory: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A server, and what clients need to be let in."""
+    """An S3, and the credentials that it takes."""
     pytest.importorskip("moto.server")
     names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch:

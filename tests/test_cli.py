@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, run_clipmini, run_command, write_tar
+from conftest import QUICK, run_clipmini, write_tar
 from forked import run_forked
 
 from clipmini import cli
@@ -150,12 +150,9 @@ def test_a_sweep_over_several_devices_is_refused(overrides: list[str], message: 
 
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=slurm"]], ids=["here", "slurm"])
 def test_a_sweep_in_several_processes_is_refused(launcher: list[str], tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    sweep = ["-m", "clipmini", "train", "--multirun", *launcher, *QUICK, "data.train=x", "seed=0,1"]
-    result = run_command([sys.executable, *torchrun, *sweep], tmp_path)
-    assert result.returncode == 1  # torchrun's own, which tells those of the processes
-    assert (
-        "exitcode  : 2" in result.stderr
-        and result.stderr.count("clipmini: --multirun in 2 processes of torchrun: ") == 1
-    )
+    sweep = ["train", "--multirun", *launcher, *QUICK, "data.train=x", "seed=0,1"]
+    result = run_forked(sweep, tmp_path, processes=2)
+    assert result.returncode == 2
+    assert result.stderr.startswith("clipmini: --multirun in 2 processes of torchrun: ")
+    assert result.stderr.count("\n") == 1
     assert not os.listdir(tmp_path)

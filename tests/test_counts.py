@@ -1,12 +1,9 @@
 """Where the numbers of pairs come from, in which order, and when they are too old to be used."""
 
-import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_cache, read_sample, write_tar
+from forked import Forked
 from servers import serve
 
 from clipmini.data import counts
@@ -114,20 +112,14 @@ def test_ctrl_c_does_not_wait_for_servers(copy: Path, tmp_path: Path) -> None:
     with serve(copy) as server:
         server.faults["a.tar"] = ["stall"] * 9
         arguments = [f"data.train={server.url}/a.tar", f"paths.cache={tmp_path}/cache", "data.cache.stall_timeout=600"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "clipmini", "shards", "index", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            # Shells have what they start in the background ignore Ctrl-C, and these tests may be.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
-        while not server.requests["a.tar"]:
-            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)  # the server would stall for ten minutes
-    assert (process.returncode, error) == (130, "clipmini: interrupted\n")
+        stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+        with Forked(["shards", "index", *arguments], tmp_path, [(stdout, stderr)]) as process:
+            while not server.requests["a.tar"]:
+                assert process.poll() is None, stderr.read_text()
+                time.sleep(0.05)
+            os.kill(process.pids[0], signal.SIGINT)
+            assert process.wait(timeout=60) == [130]  # the server would stall for ten minutes
+    assert stderr.read_text() == "clipmini: interrupted\n"
 
 
 def test_remote_shards_without_counts_are_fetched_and_counted(copy: Path, tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, read_sample, save_checkpoint, write_tar
-from forked import run_forked
+from forked import Forked, run_forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model import make_model
 
@@ -178,14 +175,12 @@ def read_scalars(run: Path, tag: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
-def watcher(tiny_json: Path, classification_set: Path, tmp_path: Path) -> Iterator[subprocess.Popen]:
+def watcher(tiny_json: Path, classification_set: Path, tmp_path: Path) -> Iterator[Forked]:
     """A companion of a run that has one checkpoint yet."""
     write_checkpoint(tmp_path / "run", tiny_json, 1)
-    command = [sys.executable, "-m", "clipmini", *watch_arguments(tmp_path, classification_set)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    yield process
-    process.kill()
-    process.wait()
+    files = (tmp_path / "stdout", tmp_path / "stderr")
+    with Forked(watch_arguments(tmp_path, classification_set), tmp_path, [files]) as process:
+        yield process
 
 
 def watch_arguments(directory: Path, classification_set: Path) -> list[str]:
@@ -209,14 +204,13 @@ def wait_for(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
-    watcher: subprocess.Popen, tiny_json: Path, classification_set: Path, tmp_path: Path
+    watcher: Forked, tiny_json: Path, classification_set: Path, tmp_path: Path
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "results.jsonl"
     wait_for(output, 1)
     write_checkpoint(run, tiny_json, 2)
     wait_for(output, 2)
-    watcher.send_signal(signal.SIGKILL)
-    watcher.wait()
+    watcher.kill()
     for step in (3, 4):
         write_checkpoint(run, tiny_json, step)
     time.sleep(0.01)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from packing import OPTIONS, SLOW, read_files, run_pack, write_folder
 from PIL import Image
 
@@ -40,26 +41,16 @@ def slowly_packed(slow_pictures: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextlib.contextmanager
-def packing_slowly(source: Path, output: Path) -> Iterator[subprocess.Popen]:
-    """Start the command, in a process group of its own, and go on when some shards are there, but not all."""
+def packing_slowly(source: Path, output: Path) -> Iterator[Forked]:
+    """Start the command, and go on when some shards are there, but not all."""
     options = {**OPTIONS, **SLOW, "resize": "null", "input": source, "output": output}
     arguments = [f"{key}={value}" for key, value in options.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipmini", "shards", "pack", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    stdout, stderr = (output.parent / name for name in ("stdout", "stderr"))
+    with Forked(["shards", "pack", *arguments], output.parent, [(stdout, stderr)]) as process:
         while len(list(output.glob("*.tar"))) < 2:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, stderr.read_text()
             time.sleep(0.01)
         yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def wait_for_end_of_group(group: int) -> None:
@@ -82,9 +73,8 @@ def test_the_same_command_goes_on_after_a_kill(
 ) -> None:
     output = tmp_path / "output"
     with packing_slowly(slow_pictures, output) as process:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    wait_for_end_of_group(process.pid)
+        process.kill()
+    wait_for_end_of_group(process.pids[0])
     there = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.glob("*.tar")}
     assert 2 <= len(there) < 8, "it was to be killed in the middle"
     assert all(content == slowly_packed[name] for name, (content, _) in there.items())
@@ -100,10 +90,10 @@ def test_ctrl_c_ends_all_processes_and_loses_nothing(
 ) -> None:
     output = tmp_path / "output"
     with packing_slowly(slow_pictures, output) as process:
-        os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-        assert (process.returncode, stderr) == (130, "clipmini: interrupted\n")
-        wait_for_end_of_group(process.pid)
+        process.send_to_groups(signal.SIGINT)
+        assert process.wait(timeout=60) == [130]
+        assert (tmp_path / "stderr").read_text() == "clipmini: interrupted\n"
+        wait_for_end_of_group(process.pids[0])
     assert {path.name for path in output.iterdir()} < {*slowly_packed, ".pack"}  # nothing half written
     assert 2 <= len(list(output.glob("*.tar"))) < 6, "the two processes did not stop in the middle of a shard"
     run_pack(slow_pictures, output, **SLOW)

@@ -3,8 +3,8 @@
 import base64
 import datetime
 import decimal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +138,13 @@ def test_a_damaged_parquet_is_told_with_its_row(jpegs: list[bytes], tmp_path: Pa
     assert not (tmp_path / "output/sizes.json").exists()
 
 
-def test_parquet_without_pyarrow_says_what_to_install(jpegs: list[bytes], tmp_path: Path) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(
+    jpegs: list[bytes], run_here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = write_parquet(tmp_path / "table.parquet", {"image": jpegs[:1], "caption": ["a"]})
-    code = (
-        "import sys; sys.modules['pyarrow'] = None\n"  # what Python does with a package that is not there
-        "from clipmini import cli; sys.exit(cli.main(['shards', 'pack', *sys.argv[1:]]))"
-    )
-    arguments = [f"input={table}", f"output={tmp_path / 'output'}", "caption_key=caption"]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python does with a package that is not there
+    result = run_here("shards", "pack", f"input={table}", f"output={tmp_path / 'output'}", "caption_key=caption")
     message = f"clipmini: input={table}: parquet needs pyarrow: pip install 'clipmini[parquet]'\n"
     assert (result.returncode, result.stderr) == (2, message)
     assert not (tmp_path / "output").exists()

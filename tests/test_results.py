@@ -3,11 +3,11 @@
 import csv
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import clip_benchmark.cli
 import pyarrow.parquet
 import pytest
 from conftest import read_sample
@@ -163,11 +163,13 @@ def test_details(file_format: str, result: Result, tmp_path: Path) -> None:
     }
 
 
-def test_clip_benchmark_builds_its_table_of_our_json(result: Result, tmp_path: Path) -> None:
+def test_clip_benchmark_builds_its_table_of_our_json(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_clip_benchmark(tmp_path, result.row, "ViT-B-32", "mine")
     (path,) = tmp_path.iterdir()
-    command = [sys.executable, "-m", "clip_benchmark.cli", "build", str(path), "--output", str(tmp_path / "all.csv")]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "build", str(path), "--output", str(tmp_path / "all.csv")])
+    clip_benchmark.cli.main()
     (row,) = csv.DictReader((tmp_path / "all.csv").open())
     assert (row["model"], row["pretrained"], row["task"]) == ("ViT-B-32", "mine", "zeroshot_classification")
     assert float(row["acc1"]) == pytest.approx(result.row["metrics"]["acc1"])

@@ -7,12 +7,9 @@ import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -23,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_command
+from forked import Forked
 from judging import write_table
 from PIL import Image
 
@@ -45,20 +42,18 @@ LONG_PICTURE = make_png(100_000, 1)  # whose shorter side cannot be made that of
 
 
 @contextlib.contextmanager
-def serving(index: Path, *overrides: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def serving(index: Path, *overrides: str) -> Iterator[tuple[str, Forked]]:
     """Start a server on a free port, and yield its address and its process."""
-    words = [sys.executable, "-m", "clipmini", "serve", str(index), "port=0", "device=cpu", *overrides]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    try:
-        ready, _, _ = select.select([process.stdout], [], [], 120)
-        line = process.stdout.readline() if ready else ""
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + (process.stdout.read() if process.poll() is not None else "")
-        yield found[0], process
-    finally:
-        process.kill()
-        process.wait()
+    words, deadline = ["serve", str(index), "port=0", "device=cpu", *overrides], time.monotonic() + 120
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "output"
+        with Forked(words, Path(scratch), [(output, output)]) as process:
+            found = None
+            while not found:
+                assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+                time.sleep(0.02)
+                found = re.search(r"http://127\.0\.0\.1:\d+(?= )", output.read_text()) if output.exists() else None
+            yield found[0], process
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +145,13 @@ def test_fifty_clients_at_once(address: str) -> None:
     assert together == [(answer, 200) for answer in alone]
 
 
-def test_ends_by_ctrl_c_and_says_that_a_port_is_in_use(made_index: Path, tmp_path: Path) -> None:
+def test_ends_by_ctrl_c_and_says_that_a_port_is_in_use(made_index: Path, run_here: Callable) -> None:
     with serving(made_index) as (url, process):
         port = url.rpartition(":")[2]
-        words = [sys.executable, "-m", "clipmini", "serve", str(made_index), f"port={port}"]
-        result = run_command(words, tmp_path)
+        result = run_here("serve", str(made_index), f"port={port}")
         assert result.returncode == 2 and f"port={port}: Address already in use: choose another" in result.stderr
-        process.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        assert process.wait(20) == 0 and time.monotonic() - start < 10
+        os.kill(process.pids[0], signal.SIGINT)
+        assert process.wait(timeout=20) == [0]
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", int(port)))
