@@ -137,10 +137,9 @@ def train_cases(cases: dict[str, dict[str, Any]], are_sharded: bool) -> dict[str
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_and_their_norm_are_those_of_one_process(world_size: int, tmp_path: Path) -> None:
+def test_gradients_and_their_norm_are_those_of_one_process(tmp_path: Path) -> None:
     cases = make_cases(tmp_path)
-    parts = in_processes(world_size, train_cases, tmp_path, cases, True)
+    parts = in_processes(3, train_cases, tmp_path, cases, True)  # which most weights cannot be divided by
     for name, (found, clipped, norm, _) in train_cases(cases, False).items():
         assert norm > 0.01
         for part in parts:

@@ -53,10 +53,10 @@ def characters(count: int) -> list[str]:
     return [f"{unicodedata.name(character)}: {character}" for character in rng.sample(named, count)]
 
 
-def test_same_ids_as_open_clip_on_a_hundred_thousand_captions() -> None:
+def test_same_ids_as_open_clip_on_twenty_thousand_captions() -> None:
     names = (SAMPLE / "wds_twemoji/classnames.txt").read_text().splitlines()
-    texts = [*HAND_PICKED, *names, *prose(44_000), *characters(34_000), *random_texts(10_200), *random_ascii(10_200)]
-    assert len(texts) > 100_000
+    texts = [*HAND_PICKED, *names, *prose(6_000), *characters(7_000), *random_texts(3_000), *random_ascii(3_000)]
+    assert len(texts) > 20_000
     ours, theirs = ClipTokenizer(77)(texts), open_clip.SimpleTokenizer(context_length=77)(texts)
     different = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert not different
