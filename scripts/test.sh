@@ -6,4 +6,4 @@ scripts/make_venv.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -4,8 +4,9 @@
 towers, each from pictures and prompts on.
 """
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,13 +21,16 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
+from clipmini import cli
+
 LIMIT = 0.001  # 0.1 points
 
 Encode = Callable[[Tensor], Tensor]
 
 
 def clipmini(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "clipmini", *arguments], check=True, stdout=subprocess.DEVNULL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(arguments) == 0, arguments
 
 
 @torch.no_grad()
