@@ -62,7 +62,9 @@ def make_case(name: str, root: Path, options: argparse.Namespace) -> Case:
         model.write_text(json.dumps(open_clip.get_model_config("ViT-B-32")))
     if not (root / name).exists():
         write_pairs(root / name, options.pictures, size, options.samples, caption)
-    shards = f"{root}/{name}/{{{','.join(path.stem for path in sorted((root / name).glob('*.tar')))}}}.tar"
+    stems = sorted(path.stem for path in (root / name).glob("*.tar"))
+    alternatives = ",".join(stems)
+    shards = f"{root}/{name}/{f'{{{alternatives}}}' if len(stems) > 1 else alternatives}.tar"  # braces hold several
     return Case(name, model, shards, options.samples, options.batch_size or 64, options.steps, **common)
 
 
