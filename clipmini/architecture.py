@@ -13,7 +13,8 @@ import timm
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from clipmini.annotations import check_values
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
+from clipmini.files import tell_neighbours
 from clipmini.one_tower import Towers
 
 # Fields of a tower's JSON that may differ from those that weights were trained with.
@@ -45,8 +46,8 @@ def read_architecture(
     """
     architecture = read_named_architecture(name, start, start_towers)
     for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
-        if key not in architecture:
-            raise UserError(f"model.name={name}: the model JSON has no {key!r}")
+        if not isinstance(architecture, Mapping) or not isinstance(architecture.get(key), Mapping):
+            raise UserError(f"model.name={name}: the model JSON has no mapping {key!r}")
         hints = typing.get_type_hints(schema)
         check_values(f"model.{key}", changes or {}, hints, hints)
         architecture[key] = {**architecture[key], **(changes or {})}
@@ -67,15 +68,18 @@ def read_named_architecture(name: str | None, start: Mapping[str, Any] | None, s
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"model.name={name}: no such file")
-        architecture = json.loads(path.read_text())
+            raise UserError(f"model.name={name}: no such file{tell_neighbours(path)}")
+        try:
+            architecture = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"model.name={name}: is not JSON: {error}") from error
     elif name in own:
         architecture = json.loads(own[name].read_text())
     else:
         architecture = open_clip.get_model_config(name)
     if architecture is None:
         known = [*own, *open_clip.list_models()]
-        raise UserError(f"model.name={name}: no such model{did_you_mean(name, known)}; {len(known)} are known")
+        raise UserError(f"model.name={name}: no such model{tell_choices(name, known)}")
     if start is not None:
         check_same_architecture(architecture, start, name, start_towers)
         if bool(start.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
@@ -111,7 +115,4 @@ def check_timm_name(name: str | None) -> None:
     """
     if name and ":" not in name and not timm.is_model(name):
         known = timm.list_models()
-        raise UserError(
-            f"model.vision_cfg.timm_model_name={name}: no such model of timm{did_you_mean(name, known)}; "
-            f"{len(known)} are known"
-        )
+        raise UserError(f"model.vision_cfg.timm_model_name={name}: no such model of timm{tell_choices(name, known)}")

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from clipmini import distributed
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 
 Weights = Literal["trained", "average"]
 AVERAGE, UPDATES = "average", "average_updates"  # keys of a checkpoint: tensors by name of parameter, and a number
@@ -107,5 +107,4 @@ def check_weights(weights: str, key: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if weights not in ("trained", "average"):
-        raise UserError(f"{key}={weights}: is trained or average")
+    check_choice(key, weights, get_args(Weights))

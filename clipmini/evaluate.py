@@ -13,7 +13,7 @@ from clipmini.console import log_rows, log_table, set_up_logging, track
 from clipmini.data.decode import EvaluationTransform
 from clipmini.data.loader import default_num_workers
 from clipmini.ema import check_weights
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.details import write_details
@@ -63,12 +63,9 @@ def check_options(options: dict[str, Any]) -> None:
     """
     check_published(options["compare_to"])
     check_weights(options["weights"], "weights")
-    if options["details_format"] not in DETAILS_FORMATS:
-        raise UserError(f"details_format={options['details_format']}: is {' or '.join(DETAILS_FORMATS)}")
+    check_choice("details_format", options["details_format"], DETAILS_FORMATS)
     if not options["datasets"]:
         raise UserError("datasets=[]: no set to evaluate on")
-    if options["poll_seconds"] <= 0:
-        raise UserError(f"poll_seconds={options['poll_seconds']}: must be above 0")
     if options["best_metric"] is not None and not options["watch"]:
         raise UserError(f"best_metric={options['best_metric']}: is for watch=true")
     read_rows(Path(options["output"]))
@@ -89,6 +86,8 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
     if options["check"]:
         check_sets(evaluator)
     elif options["watch"]:
+        if options["best_metric"] is not None:
+            evaluator.check_metric("best_metric", options["best_metric"])
         watch(
             Path(options["model"]),
             evaluator,

@@ -21,7 +21,7 @@ from clipmini.evaluation.details import write_shown
 from clipmini.evaluation.encoder import Encoder, Interrupted
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep_rows, log_short, read_rows, row_scalars
-from clipmini.evaluation.validation import HeldOut, validate
+from clipmini.evaluation.validation import VALIDATION, HeldOut, validate
 from clipmini.module import ClipModule
 from clipmini.objective import ContrastiveLoss
 
@@ -68,12 +68,10 @@ class Evaluation(Callback):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"evaluation.every_n_steps={every_n_steps}: must be 1 or more, or null")
-        known = [f"{opened.dataset.name}/" for opened in evaluator.opened] + (["val/"] if held_out else [])
-        if best_metric is not None and not best_metric.startswith(tuple(known)):
-            raise UserError(
-                f"evaluation.best_metric={best_metric}: is val/loss (with data.val) or SET/METRIC of "
-                f"evaluation.datasets; there are: {', '.join(known) or 'none'}"
-            )
+        if best_metric in VALIDATION and held_out is None:
+            raise UserError(f"evaluation.best_metric={best_metric}: is measured on held-out pairs: set data.val")
+        if best_metric is not None:
+            evaluator.check_metric("evaluation.best_metric", best_metric, VALIDATION if held_out else ())
         self.evaluator = evaluator
         self.held_out = held_out
         self.tokenize = tokenize
@@ -162,7 +160,7 @@ class Evaluation(Callback):
         scalars: dict[str, float] = {}
         if self.held_out is not None:
             found = validate(self.held_out, encoder, loss)
-            scalars |= {f"val/{name}": value for name, value in found.items()}
+            scalars |= dict(zip(VALIDATION, found.values(), strict=True))
             log.info("step %d: val/loss %.4f, val/accuracy %.1f%%", step, found["loss"], 100 * found["accuracy"])
         self.rows = []
         name = self.output.parent.name
@@ -179,8 +177,8 @@ class Evaluation(Callback):
         """Save a checkpoint if no earlier one was as good."""
         if self.best_metric is None:
             return
-        is_loss = self.best_metric.startswith("val/")
-        value = scalars.get(self.best_metric) if is_loss else find_metric(self.rows, self.best_metric)
+        is_of_pairs = self.best_metric in VALIDATION
+        value = scalars[self.best_metric] if is_of_pairs else find_metric(self.rows, self.best_metric)
         if value is None:
             raise UserError(f"evaluation.best_metric={self.best_metric}: there are {', '.join(scalars)}")
         known = [] if self.best_value is None else [self.best_value]

@@ -1,9 +1,15 @@
 """Files that are complete or absent, and files of rows that a resumed run takes back to where it goes on."""
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from clipmini.errors import did_you_mean
+
+MAX_NEIGHBOURS = 1000  # names of a directory that are looked at for one like that of a file that is not there
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -37,6 +43,14 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def tell_neighbours(path: str | Path) -> str:
+    """Return ` (did you mean ...?)` with what has a name like that of a path that does not exist, or nothing."""
+    parent, name = os.path.split(path)
+    with contextlib.suppress(OSError), os.scandir(parent or ".") as entries:
+        return did_you_mean(name, [entry.name for entry in itertools.islice(entries, MAX_NEIGHBOURS)])
+    return ""
 
 
 def filter_rows(path: Path, choose: Callable[[TextIO], Iterable[str]]) -> None:

@@ -24,7 +24,7 @@ from pytorch_lightning.plugins.environments import (
 from clipmini import distributed
 from clipmini.cluster.fsdp import FullyShardedStrategy
 from clipmini.data.processes import count_cores
-from clipmini.errors import Stopped, UserError
+from clipmini.errors import Stopped, UserError, check_choice
 
 RESERVED_STEPS = 0xFFFFFFF0  # numbers of steps that are no srun's: batch scripts, shells of salloc (slurm.h)
 
@@ -193,10 +193,9 @@ def choose_device(device: str, processes: Launch) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
+    check_choice("device", device, ("auto", "cpu", "cuda"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"device={device}: is auto, cpu or cuda")
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

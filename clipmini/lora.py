@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
 from clipmini.one_tower import Model, check_has
 from clipmini.towers import Kind, list_names
 
@@ -90,9 +90,7 @@ def choose_layers(
     for end in ends or ():
         if not any(is_called(path, end) for path in layers):
             known = sorted({".".join(path.split(".")[-2:]) for path in layers})
-            raise UserError(
-                f"lora.{kind}: the tower has no layer {end!r}{did_you_mean(end, known)}: {', '.join(known)}"
-            )
+            raise UserError(f"lora.{kind}: the tower has no layer {end!r}{tell_choices(end, known)}")
     if ends is None:
         return [(layer, weight) for layer, weight in layers.values() if getattr(layer, weight).ndim == 2]
     return [found for path, found in layers.items() if any(is_called(path, end) for end in ends)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clipmini.data.content import TEACHER, TERMS, needs
 from clipmini.data.decode import VIEWS
 from clipmini.distillation import feature_distance, similarity_distillation
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
 from clipmini.head import HeadOptions, Projection
 from clipmini.losses import info_nce, siglip
 from clipmini.nt_xent import nt_xent
@@ -256,15 +256,14 @@ def check_terms(terms: Mapping[str, float | None]) -> dict[str, float]:
     Raises:
         UserError: one does not, or there is none.
     """
-    known = ", ".join(TERMS)
     for name, weight in terms.items():
         if name not in TERMS:
-            raise UserError(f"loss.terms.{name}: no such kind of pairs{did_you_mean(name, TERMS)}; there are: {known}")
+            raise UserError(f"loss.terms.{name}: no such kind of pairs{tell_choices(name, TERMS)}")
         if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
             raise UserError(f"loss.terms.{name}={weight}: must be a number above 0, or null")
     found = {name: weight for name, weight in terms.items() if weight is not None}
     if not found:
-        raise UserError(f"loss.terms: must give a weight to at least one of {known}")
+        raise UserError(f"loss.terms: must give a weight to at least one of {', '.join(TERMS)}")
     return found
 
 
@@ -274,10 +273,9 @@ def check_temperatures(temperatures: Mapping[str, float | None], kind: str) -> N
     Raises:
         UserError: one is not.
     """
-    known = TEMPERATURES
     for name, value in temperatures.items():
-        if name not in known:
-            raise UserError(f"loss.temperatures.{name}: there are {', '.join(known)}{did_you_mean(name, known)}")
+        if name not in TEMPERATURES:
+            raise UserError(f"loss.temperatures.{name}: no such temperature{tell_choices(name, TEMPERATURES)}")
         if value is not None and not 0 < value < math.inf:
             whose = "teacher's" if name.endswith(TEACHER) else "model's"
             raise UserError(f"loss.temperatures.{name}={value:g}: must be above 0, or null for the {whose} own scale")

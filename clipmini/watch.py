@@ -22,7 +22,7 @@ from clipmini.evaluation.results import (
     read_rows,
     row_scalars,
 )
-from clipmini.sources import load_run_checkpoint
+from clipmini.sources import CONFIG_FILE, load_run_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def watch(
     Raises:
         UserError: there is no such directory.
     """
-    if not run.is_dir():
+    if not run.is_dir() or (run / CONFIG_FILE).is_file():  # of an open_clip directory, which has no checkpoints
         raise UserError(f"model={run}: watch=true needs the directory of a run")
     seen: set[Path] = set()
     rows: list[Row] = []

@@ -209,7 +209,7 @@ def test_wrong_choices(
     common = [f"model.name={tiny_json}", f"data.train={shards}"]
     for overrides, message in (
         (["evaluation.weights=average"], "evaluation.weights=average: there is no average with ema.decay=null"),
-        (["evaluation.weights=mean"], "evaluation.weights=mean: is trained or average"),
+        (["evaluation.weights=mean"], "evaluation.weights=mean: is one of trained, average"),
         (["ema.decay=2"], "ema.decay=2.0: must be above 0 and below 1"),
         (["bad_steps.max_in_a_row=0"], "bad_steps.max_in_a_row=0: must be 1 or more"),
     ):
@@ -221,7 +221,7 @@ def test_wrong_choices(
         for model, weights, message in (
             (tmp_path / "run", "average", r"weights=average: there is none in it, the run had ema.decay=null"),
             (tmp_path / "run/model", "average", "weights=average: is for runs and their checkpoints, not"),
-            (tmp_path / "run", "mean", "weights=mean: is trained or average"),
+            (tmp_path / "run", "mean", "weights=mean: is one of trained, average"),
         ):
             assert main([*command, f"model={model}", f"weights={weights}"]) == 2
             assert message in capsys.readouterr().err

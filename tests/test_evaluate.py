@@ -112,15 +112,17 @@ def test_check_reads_everything_without_a_model(
         (["precision=fp8"], "precision=fp8: is one of fp32, bf16, fp16"),
         (["num_workers=-1"], "num_workers=-1: must be 0 or more, or null"),
         (["seed=-1"], "seed=-1: must be from 0 to 4294967295"),
-        (["device=tpu"], "device=tpu: is auto, cpu or cuda"),
+        (["device=tpu"], "device=tpu: is one of auto, cpu, cuda"),
         (["device=cuda"], "device=cuda: torch sees no GPU here"),
-        (["probes=[kn]"], "probes=kn: no such probe; there are knn, linear_probe"),
+        (["probes=[kn]"], "probes=kn: is one of knn, linear_probe (did you mean 'knn'?)"),
         (["probes=[knn]", "knn_k=0"], "knn_k=0, knn_temperature=0.07: must be above 0"),
         (["probes=[knn]"], "the split train needs it"),
-        (["compare_to=ViT-B-32/opnai"], "compare_to=ViT-B-32/opnai: no published numbers (did you mean"),
-        (["details_format=xlsx"], "details_format=xlsx: is csv or parquet"),
+        (["compare_to=ViT-B-32/opnai"], "compare_to=ViT-B-32/opnai: no published numbers of it (did you mean"),
+        (["details_format=xlsx"], "details_format=xlsx: is one of csv, parquet"),
         (["best_metric=a/acc1"], "best_metric=a/acc1: is for watch=true"),
-        (["watch=true"], "watch=true needs the directory of a run"),
+        (["watch=true"], "watch=true needs the directory of a run"),  # and not of a model
+        (["watch=true", "model=nowhere"], "watch=true needs the directory of a run"),
+        (["watch=true", "best_metric=seven/acc"], "no such metric (did you mean '"),
         (["poll_seconds=0"], "poll_seconds=0.0: must be above 0"),
         (["bootstrap_resamples=many"], "bootstrap_resamples: Value 'many' of type 'str' could not be converted"),
         (["architecture=ViT-B-32"], "architecture=ViT-B-32: is for files of weights"),
@@ -137,8 +139,6 @@ def test_bad_input(
     if torch.cuda.is_available() and "device=cuda" in overrides:
         pytest.skip("there is a GPU")
     arguments = {"model": f"model={model}", "datasets": f"datasets=[{classification_set}]"}
-    if overrides == ["watch=true"]:
-        arguments["model"] = "model=nowhere"
     kept = [text for key, text in arguments.items() if not any(other.startswith(f"{key}=") for other in overrides)]
     code = main(["evaluate", *kept, f"output={tmp_path}/results.jsonl", "cache=null", "num_workers=0", *overrides])
     printed = capsys.readouterr().err

@@ -236,7 +236,7 @@ def test_yaml_files_name_paths_from_where_they_are(tmp_path: Path, monkeypatch: 
     ("item", "message"),
     [
         ({"path": "x", "templtes": []}, r"^unknown key datasets\[1\].templtes \(did you mean 'templates'\?\)$"),
-        ({"path": "x", "layout": "csv"}, r"^datasets\[1\].layout='csv' has the wrong type: expected .*'table'"),
+        ({"path": "x", "layout": "csv"}, r"^datasets\[1\].layout=csv: is one of wds, folder, table"),
         ({"path": 5}, r"^datasets\[1\].path=5 has the wrong type: expected str$"),
         ({"name": "x"}, r"^datasets\[1\]: expected a path, or a mapping with the key path, found {'name': 'x'}$"),
         (None, r"^datasets\[1\]: expected a path, or a mapping with the key path, found None$"),

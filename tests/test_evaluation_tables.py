@@ -127,7 +127,12 @@ LABELLED = {"image": "a.jpg", "label": "cat"}
         ("t.csv", "image,class,label\na,b,c\n", {}, "/t.csv has the columns label and class: choose .* label_key"),
         ("t.csv", "image,label\na,b\n", {"image_key": "imag"}, "^image_key=imag: .*/t.csv has no such .* 'image'"),
         ("t.csv", "image,label\na,b\n", {"label_key": "lable"}, "^label_key=lable: .*/t.csv has no such .* 'label'"),
-        ("t.csv", "image,label\na,b\n", {"group_key": "g"}, "^group_key=g: .*/t.csv has no such column$"),
+        (
+            "t.csv",
+            "image,label\na,b\n",
+            {"group_key": "g"},
+            "^group_key=g: .*/t.csv has no .*; there are: image, l",
+        ),
         ("t.csv", "image,label,g\na,b,\n", {"group_key": "g"}, "/t.csv, row 1: no g, which is the group_key"),
         ("t.csv", "image,text\na,x\nb, \n", {}, "/t.csv, row 2: ' ' is no caption"),
         ("t.jsonl", '{"image": "a", "label": "b"}\n\n{"image": \n', {}, "/t.jsonl: .*line 3: Expecting value"),
@@ -165,9 +170,9 @@ def test_a_table_of_another_suffix_is_read_where_the_layout_is_said(tmp_path: Pa
     ("train", "content", "message"),
     [
         (None, "", "^s: probes learn from a training part: the key train must say where it is$"),
-        ("nowhere.csv", "", "^datasets=.*/nowhere.csv: there is no such file or directory$"),
+        ("nowhere.csv", "", "^datasets=.*/nowhere.csv: there is no such file or directory"),
         ("train.csv", "image,label\nb.jpg,cta\n", r"/train.csv, row 1: label 'cta' is none of .* \(did you .* 'cat'"),
-        ("train.csv", "image,class\nb.jpg,cat\n", "^label_key=label: .*/train.csv has no such column$"),
+        ("train.csv", "image,class\nb.jpg,cat\n", "^label_key=label: .*/train.csv has no .* there are: image, class$"),
     ],
 )
 def test_broken_training_tables_are_refused(train: str | None, content: str, message: str, tmp_path: Path) -> None:

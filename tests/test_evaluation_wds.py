@@ -94,6 +94,16 @@ def test_the_training_part_is_another_split(train: str | None, tmp_path: Path) -
     assert opened.train.class_names == opened.dataset.class_names
 
 
+def test_a_split_and_a_group_are_found_by_their_likes(tmp_path: Path) -> None:
+    root = write_wds(tmp_path / "s", [{"cls": b"0", "json": b'{"region": "x"}'}], **PETS)
+    with pytest.raises(UserError, match=r"/tset/nshards.txt is missing; the split tset \(did you mean 'test'\?\) n"):
+        open_one(root, split="tset")
+    with pytest.raises(UserError, match=r"group_key=regoin is no key of its .json .* \(did you mean 'region'\?\)"):
+        open_one(root, group_key="regoin")
+    with pytest.raises(UserError, match=r"there is no such file or directory \(did you mean 's'\?\)"):
+        open_one(tmp_path / "S")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -103,7 +113,7 @@ def test_the_training_part_is_another_split(train: str | None, tmp_path: Path) -
         ("classnames.txt", "cat\ndog\n", r"/test/0.tar, s01.cls: label '2', but there are 2 class names, from 0$"),
         ("zeroshot_classification_templates.txt", None, "/zeroshot_classification_templates.txt is missing"),
         ("zeroshot_classification_templates.txt", "a {c}\na\n", "_templates.txt, line 2: 'a' has no place"),
-        ("dataset_type.txt", "regression\n", "/dataset_type.txt: 'regression'; known are classification, multilabel"),
+        ("dataset_type.txt", "regression\n", "/dataset_type.txt: 'regression'; there are: classification, multilabel"),
         ("dataset_type.txt", "retrieval\n", "/test/0.tar, s00: needs one picture and a .txt, found .cls, .png$"),
         ("test/nshards.txt", None, "/test/nshards.txt is missing; the split test needs it"),
         ("test/nshards.txt", "two\n", "/test/nshards.txt: expected a number, found 'two'"),

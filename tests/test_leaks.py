@@ -206,7 +206,7 @@ def test_damaged_shards_are_counted(
         ({"output": "."}, "output=.: is a directory, a file is expected"),
         ({"max_distance": "many"}, "max_distance: Value 'many'"),
         ({"model": "nothing/here"}, "model"),
-        ({"weights": "best"}, "weights=best: is trained or average"),
+        ({"weights": "best"}, "weights=best: is one of trained, average"),
         ({"thrshold": 3}, "unknown key thrshold; there are train, eval"),
         ({"max_distence": 3}, "unknown key max_distence (did you mean 'max_distance'"),
         ({"precision": "fp8"}, "precision=fp8: is one of fp32"),

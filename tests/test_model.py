@@ -122,6 +122,7 @@ def test_hugging_face_text_tower(tiny_json: Path, tmp_path: Path) -> None:
     [
         ({"name": "ViT-B32"}, r"model.name=ViT-B32: no such model \(did you mean 'ViT-B-32'"),
         ({"name": "nowhere.json"}, "model.name=nowhere.json: no such file"),
+        ({"name": "vit_tiny", "image_size": 7}, "image_size=7: must be at least 8, the size of the model's patches"),
         ({"name": "coca_ViT-B-32"}, "captioning models"),
         (
             {"name": "vit_tiny", "vision_cfg": {"layer": 2}},
@@ -142,6 +143,23 @@ def test_hugging_face_text_tower(tiny_json: Path, tmp_path: Path) -> None:
 def test_wrong_models_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_model(**options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "model.name=.*/m.json: is not JSON: "),
+        (b"\xff", "model.name=.*/m.json: is not JSON: "),
+        (b"[]", "model.name=.*/m.json: the model JSON has no mapping 'vision_cfg'"),
+        (b'{"vision_cfg": {}, "text_cfg": 5}', "the model JSON has no mapping 'text_cfg'"),
+    ],
+)
+def test_what_is_no_model_file_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make_model(str(tmp_path / "m.json"))
+    with pytest.raises(UserError, match=r"m.jso.json: no such file \(did you mean 'm.json'\?\)"):
+        make_model(str(tmp_path / "m.jso.json"))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])  # the second has activations inside BatchNorm

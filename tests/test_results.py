@@ -197,7 +197,7 @@ def test_published_numbers() -> None:
     names = ("vtab-cifar10", "wds_imagenet1k", "vtab/flowers", "imagenet", "mscoco_captions", "mnist")
     expected = ["cifar10", "imagenet1k", "flowers", "imagenet1k", "mscoco", "mnist"]
     assert [published_name(name) for name in names] == expected
-    with pytest.raises(UserError, match=r"compare_to=ViT-B-32/opnai: no published numbers \(did you mean 'ViT-B-32/op"):
+    with pytest.raises(UserError, match=r"compare_to=ViT-B-32/opnai: no published numbers of it \(did .* 'ViT-B-32/op"):
         check_published("ViT-B-32/opnai")
 
 
@@ -225,3 +225,13 @@ def test_broken_shards_leave_the_file_of_results_as_it_was(tmp_path: Path, tiny_
     with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
         run(root, tiny_json, read_rows(path))
     assert path.read_bytes() == before
+
+
+NO_RESULTS = [b"\xff\xfe\n", b"{\n", b"[1]\n", b'{"key": 3, "metrics": {}}\n', b'{"key": "a"}\n']
+
+
+@pytest.mark.parametrize("content", NO_RESULTS)
+def test_what_is_no_file_of_results_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a", "metrics": {}}\n' + content)
+    with pytest.raises(UserError, match="results.jsonl, line 2: is no result; output must be a file of results, or"):
+        read_rows(tmp_path / "results.jsonl")

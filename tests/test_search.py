@@ -182,7 +182,7 @@ def test_approximate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (["cat", "topk=3"], r"unknown key topk \(did you mean 'top_k'\?\)"),
         (["cat", "dog"], r"dog: what is it\?"),
         (["cat", "top_k=0"], r"top_k=0: must be 1 or more"),
-        (["cat", "among=pictures"], r"among=pictures: .* has embeddings of image, text"),
+        (["cat", "among=pictures"], r"among=pictures: .* has no such embeddings; there are: image, text"),
         (["word " * 40], r"has 42 tokens and the model takes 24"),
         ([], r"query has no value"),
         (["cat", "output=/dev/null/x"], r"output=/dev/null/x: cannot be written"),

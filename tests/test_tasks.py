@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import in_processes, read_sample
-from judging import open_one, write_wds
+from judging import PETS, open_one, write_npy, write_wds
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from test_model import make_model
@@ -18,6 +18,7 @@ from clipmini.errors import UserError
 from clipmini.evaluation.datasets import open_sets
 from clipmini.evaluation.encoder import EncodedPictures
 from clipmini.evaluation.entries import SetEntry
+from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.sets import ChoiceSet, ClassificationSet, Pictures, Place, RetrievalSet
 from clipmini.evaluation.tasks import Protocol, choose, measure, retrieve
 
@@ -186,6 +187,37 @@ def test_winoground(tmp_path: Path, tiny_json: Path) -> None:
         for name, hit in (("text_acc", by_text), ("image_acc", by_image), ("acc", by_text and by_image)):
             scores[name].append(hit)
     assert {name: found[name] for name in scores} == {name: pytest.approx(np.mean(hit)) for name, hit in scores.items()}
+
+
+def test_all_that_comes_out_is_named_before(
+    folders: Path, retrieval_set: Path, classification_set: Path, tmp_path: Path, tiny_json: Path
+) -> None:
+    test_winoground(tmp_path / "w", tiny_json)
+    test_sugarcrepe(tmp_path / "s", tiny_json)
+    samples = [{"webp": sample["webp"]} for sample in read_sample("wds_twemoji/test/0.tar", 4)]
+    groups = [{**sample, "cls": b"0", "json": b'{"g": %d}' % row} for row, sample in enumerate(samples)]
+    write_wds(tmp_path / "groups", groups, **PETS)
+    write_wds(tmp_path / "groups", groups, split="train", **PETS)
+    several = [{**sample, "npy": write_npy([1, 0, 1])} for sample in samples]
+    write_wds(tmp_path / "several", several, dataset_type="multilabel", **PETS)
+    entries = [
+        *(SetEntry(str(tmp_path / name)) for name in ("w", "several")),
+        *(SetEntry(str(path), train=str(folders / "train")) for path in (retrieval_set, folders / "test")),
+        SetEntry(str(tmp_path / "s/crepe"), images=str(tmp_path / "s/val2017")),
+        SetEntry(str(tmp_path / "groups"), group_key="g"),
+    ]
+    opened = [*open_sets(entries, with_train=True), open_one(classification_set)]
+    evaluators = [
+        Evaluator(opened[:-1], Protocol(probes=("knn",), knn_k=2, resamples=0), 4, 0, "fp32"),
+        Evaluator(opened[-1:], Protocol(resamples=0), 4, 0, "fp32"),
+    ]
+    for evaluator in evaluators:
+        found = set()
+        for result in evaluator.run(make_encoder(make_model(str(tiny_json))), [], {}):
+            found |= {
+                f"{result.row['key']}/{name}" for name, value in result.row["metrics"].items() if value is not None
+            }
+        assert found == set(evaluator.metric_names())
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

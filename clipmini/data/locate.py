@@ -16,6 +16,7 @@ from clipmini.data.index import Shard
 from clipmini.data.remote import PIPE, Remote, is_remote
 from clipmini.data.threads import map_in_threads
 from clipmini.errors import UserError
+from clipmini.files import tell_neighbours
 
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 REQUESTS = 32  # at a time, where each shard has to be asked for by itself
@@ -105,7 +106,9 @@ def locate_local(shards: str, key: str, *, keep_missing: bool = False) -> list[S
         paths = [os.path.join(".", path) if is_remote(path) else path for path in paths]  # a file may be named pipe:...
         missing = {path for path in paths if not os.path.exists(path)}
         if missing and not (keep_missing and all(map(is_shard, missing))):
-            raise UserError(f"{key}={shards}: no shards found, {min(missing)} does not exist (of {len(paths)} shards)")
+            hint = tell_neighbours(min(missing))
+            text = f"no shards found, {min(missing)} does not exist (of {len(paths)} shards){hint}"
+            raise UserError(f"{key}={shards}: {text}")
         return [Shard(path, -1) if path in missing else local_shard(path) for path in paths]
     except OSError as error:
         raise UserError(f"{key}={shards}: {error.filename} {error.strerror}") from error

@@ -13,6 +13,7 @@ from clipmini.evaluation import choices, folders, tables, wds
 from clipmini.evaluation.entries import Layout, SetEntry
 from clipmini.evaluation.prompts import PLAIN, Names, Prompts, make_prompts, read_file, read_names, read_templates
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet, Pictures, Place
+from clipmini.files import tell_neighbours
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def open_set(entry: SetEntry, key: str, *, with_train: bool = False) -> list[Ope
     if is_shards(entry):
         return [open_shards(entry, key, with_train=with_train)]
     if not path.exists():
-        raise UserError(f"{key}={entry.path}: there is no such file or directory")
+        raise UserError(f"{key}={entry.path}: there is no such file or directory{tell_neighbours(path)}")
     layout = entry.layout or find_layout(path, key)
     whole_name = path.resolve().stem if path.is_file() else path.resolve().name
     name = entry.name or (wds.set_name(path) if layout == "wds" else whole_name)

@@ -20,7 +20,7 @@ from clipmini.data.health import Fault
 from clipmini.data.processes import leave_signals_to_main
 from clipmini.data.tokenizer import Tokenize, trim
 from clipmini.data.workers import read_batches
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.prompts import Prompts
 from clipmini.model import Model, encode_image, encode_text, image_size, padding, preprocess_cfg
@@ -35,8 +35,7 @@ def check_precision(precision: str) -> None:
     Raises:
         UserError: it is none.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision}: is one of {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
 
 
 class Interrupted(Exception):

@@ -103,7 +103,8 @@ def read_entry(item: Any, at: str) -> SetEntry:
     Raises:
         UserError: they are wrong.
     """
+    if isinstance(item, Mapping):
+        check_values(at, item, [field.name for field in fields(SetEntry)], typing.get_type_hints(SetEntry))
     if not isinstance(item, Mapping) or "path" not in item:
         raise UserError(f"{at}: expected a path, or a mapping with the key path, found {item!r}")
-    check_values(at, item, [field.name for field in fields(SetEntry)], typing.get_type_hints(SetEntry))
     return SetEntry(**item)

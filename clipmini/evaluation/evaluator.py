@@ -8,15 +8,15 @@ import torch
 
 from clipmini import distributed
 from clipmini.data.tokenizer import Tokenize
-from clipmini.errors import UserError
+from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
 from clipmini.evaluation.encoder import Encoder, check_precision, evaluation_transform
-from clipmini.evaluation.metrics import Estimate, estimate
+from clipmini.evaluation.metrics import Estimate, estimate, name_classification
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
-from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure
+from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure, name_metrics
 from clipmini.model import Model, preprocess_cfg
 from clipmini.one_tower import check_has
 
@@ -114,6 +114,32 @@ class Evaluator:
         dataset = opened.dataset
         takes = isinstance(dataset, ClassificationSet) and not dataset.is_multilabel
         return self.protocol.probes if takes else ()
+
+    def metric_names(self) -> list[str]:
+        """Return SET/METRIC and SET/PROBE/METRIC of all that comes out, of a model with both towers."""
+        names = []
+        for opened in self.opened:
+            dataset = opened.dataset
+            names += [f"{dataset.name}/{metric}" for metric in name_metrics(dataset)]
+            for probe in self.probes(opened):
+                assert isinstance(dataset, ClassificationSet)
+                found = (*name_classification(len(dataset.class_names)), "main_metric")
+                names += [f"{dataset.name}/{probe}/{metric}" for metric in found]
+        return names
+
+    def check_metric(self, key: str, name: str, more: Sequence[str] = ()) -> None:
+        """See that a metric will come out.
+
+        Args:
+            key: of the config.
+            more: names of metrics that come from elsewhere.
+
+        Raises:
+            UserError: it will not.
+        """
+        known = [*more, *self.metric_names()]
+        if name not in known:
+            raise UserError(f"{key}={name}: no such metric{tell_choices(name, known)}")
 
     def hash_protocol(self, opened: Opened, encoder: Encoder) -> str:
         """Hash all that decides a number beside the weights: the set, how it is measured, how pictures are prepared."""

@@ -15,6 +15,12 @@ import numpy as np
 Measure = Callable[[np.ndarray], dict[str, float]]  # float64 [units] to values by name
 
 RECALL_AT = (1, 5, 10)
+# Names of what comes out.
+RETRIEVAL = (
+    *(f"{side}_retrieval_recall@{k}" for side in ("text", "image") for k in RECALL_AT),
+    *("text_retrieval_median_rank", "image_retrieval_median_rank", "mean_recall@1"),
+)
+CHOICES = ("text_acc", "image_acc", "acc")
 # Sets that DataComp averages by class (https://github.com/mlfoundations/datacomp, eval_utils/main.py), as in vtab-pets.
 BALANCED_SETS = re.compile(r"(.*[-_/])?(caltech101|fgvc_aircraft|flowers|pets)")
 
@@ -93,6 +99,12 @@ def main_classification_metric(name: str) -> str:
 
 
 # Classification
+
+
+def name_classification(num_classes: int, *, has_groups: bool = False) -> tuple[str, ...]:
+    """Return the names of what `classification` measures."""
+    top = ("acc1", "acc5") if num_classes >= 5 else ("acc1",)
+    return (*top, "mean_per_class_recall", *(("acc1_worst_group", "acc1_gap") if has_groups else ()))
 
 
 def classification(

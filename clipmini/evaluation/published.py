@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini.console import log_table
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,8 @@ def check_published(model: str | None) -> None:
     Raises:
         UserError: there are none.
     """
-    if model is not None and model not in read_published():
-        known = read_published()
-        raise UserError(f"compare_to={model}: no published numbers{did_you_mean(model, known)}; of: {', '.join(known)}")
+    if model is not None and model not in (known := read_published()):
+        raise UserError(f"compare_to={model}: no published numbers of it{tell_choices(model, known)}")
 
 
 def published_name(dataset: str) -> str:

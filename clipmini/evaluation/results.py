@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini.console import log_table
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.metrics import RECALL_AT, Estimate
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet, hash_content
 from clipmini.evaluation.tasks import PROBES, Finding, Protocol
@@ -110,12 +110,12 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    for number_of_line, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number_of_line, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or "key" not in row:
+        if not (isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("metrics"), dict)):
             raise UserError(f"{path}, line {number_of_line}: is no result; output must be a file of results, or new")
         rows.append(row)
     return rows
@@ -160,7 +160,7 @@ def find_metric(rows: Sequence[Row], name: str, *, must_exist: bool = True) -> f
     if not must_exist:
         return None
     known = [f"{row['key']}/{metric}" for row in rows for metric in row["metrics"]]
-    raise UserError(f"best_metric={name}: no such metric{did_you_mean(name, known)}; there are {', '.join(known)}")
+    raise UserError(f"best_metric={name}: no such metric{tell_choices(name, known)}")
 
 
 def is_best(value: float, others: Sequence[float], name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipmini.data.remote import is_remote
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, did_you_mean, tell_choices
 from clipmini.evaluation.sets import Pictures, Place, RetrievalSet
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -97,7 +97,7 @@ def choose_column(rows: Sequence[Row], given: str | None, known: Sequence[str], 
     columns = list(rows[0])
     if given is not None:
         if given not in columns:
-            raise UserError(f"{key}={given}: {at} has no such column{did_you_mean(given, columns)}")
+            raise UserError(f"{key}={given}: {at} has no such column{tell_choices(given, columns)}")
         return given
     found = [name for name in known if name in columns]
     if len(found) > 1:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 from clipmini.evaluation import metrics
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.encoder import EncodedPictures, Encoder
@@ -17,7 +17,7 @@ from clipmini.evaluation.metrics import Outcome
 from clipmini.evaluation.probes import linear_probe, nearest_neighbours
 from clipmini.evaluation.prompts import Prompts
 from clipmini.evaluation.retrieval import rank_pairs
-from clipmini.evaluation.sets import ChoiceSet, ClassificationSet, RetrievalSet
+from clipmini.evaluation.sets import ChoiceSet, ClassificationSet, EvaluationSet, RetrievalSet
 from clipmini.evaluation.similarity import similarity, similarity_of_pairs
 from clipmini.one_tower import text_tower
 
@@ -84,6 +84,19 @@ def measure(opened: Opened, encoder: Encoder, protocol: Protocol) -> list[Findin
         return [choose(dataset, encoded, encoder, protocol)]
     found = [] if text_tower(encoder.model) is None else [classify(dataset, encoded, encoder, protocol)]
     return found + [probe(name, opened, encoder, protocol) for name in protocol.probes if not dataset.is_multilabel]
+
+
+def name_metrics(dataset: EvaluationSet) -> tuple[str, ...]:
+    """Return the names of what is measured on a set without probes; `main_metric` is the one that stands for it."""
+    if isinstance(dataset, RetrievalSet):
+        found = metrics.RETRIEVAL
+    elif isinstance(dataset, ChoiceSet):
+        found = metrics.CHOICES if (dataset.examples[:, 3] >= 0).all() else metrics.CHOICES[:1]
+    elif dataset.is_multilabel:
+        found = ("mean_average_precision",)
+    else:
+        found = metrics.name_classification(len(dataset.class_names), has_groups=dataset.groups is not None)
+    return (*found, "main_metric")
 
 
 def make_protocol(options: Mapping[str, Any]) -> Protocol:
@@ -231,10 +244,8 @@ def check_protocol(protocol: Protocol) -> None:
         UserError: they are not.
     """
     for name in protocol.probes:
-        if name not in PROBES:
-            raise UserError(f"probes={name}: no such probe; there are {', '.join(PROBES)}")
-    if protocol.probe_features not in ("embedding", "before_projection"):
-        raise UserError(f"probe_features={protocol.probe_features}: is embedding or before_projection")
+        check_choice("probes", name, PROBES)
+    check_choice("probe_features", protocol.probe_features, ("embedding", "before_projection"))
     if protocol.knn_k < 1 or protocol.knn_temperature <= 0:
         raise UserError(f"knn_k={protocol.knn_k}, knn_temperature={protocol.knn_temperature}: must be above 0")
     if protocol.l2 is not None and protocol.l2 < 0:

@@ -18,6 +18,8 @@ from clipmini.errors import UserError
 from clipmini.evaluation.encoder import Encoder
 from clipmini.objective import TEXTS, ContrastiveLoss
 
+VALIDATION = ("val/loss", "val/accuracy")  # what comes out
+
 
 @dataclass(frozen=True)
 class HeldOut:

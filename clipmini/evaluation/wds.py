@@ -21,7 +21,7 @@ import numpy as np
 
 from clipmini.data.index import IMAGE_EXTENSIONS, DamagedShard, Member, split_name, walk
 from clipmini.data.locate import locate_local
-from clipmini.errors import UserError
+from clipmini.errors import UserError, did_you_mean, tell_choices
 from clipmini.evaluation.sets import ClassificationSet, Pictures, Place, RetrievalSet, read_lines
 
 TYPES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}  # and the member that holds what is right
@@ -62,7 +62,7 @@ def read_type(root: Path) -> str:
     path = root / TYPE
     kind = read_lines(path, "a set")[0].lower() if path.exists() else "classification"
     if kind not in TYPES:
-        raise UserError(f"{path}: {kind!r}; known are {', '.join(TYPES)}")
+        raise UserError(f"{path}: {kind!r}{tell_choices(kind, TYPES)}")
     return kind
 
 
@@ -76,7 +76,8 @@ def read_samples(root: Path, split: str, extension: str) -> list[Sample]:
         UserError: a shard is missing or damaged, or a sample is not complete: then a set is not to be judged by.
     """
     shards_file = root / split / "nshards.txt"
-    text = read_lines(shards_file, f"the split {split}")[0]
+    splits = [path.parent.name for path in sorted(root.glob("*/nshards.txt"))]
+    text = read_lines(shards_file, f"the split {split}{did_you_mean(split, splits)}")[0]
     if not text.isdecimal():
         raise UserError(f"{shards_file}: expected a number, found {text!r}")
     paths = [root / split / f"{number}.tar" for number in range(int(text))]
@@ -208,6 +209,7 @@ def read_group(sample: Sample, key: str, at: str = "group_key") -> str:
         UserError: it has none.
     """
     found: Any = None
+    hint = ""
     if key.isdecimal() and "npy" in sample.members:
         row = read_array(sample).ravel()
         found = row[int(key)].item() if int(key) < len(row) else None
@@ -216,9 +218,10 @@ def read_group(sample: Sample, key: str, at: str = "group_key") -> str:
             metadata = json.loads(sample.members["json"])
         except ValueError as error:
             raise UserError(f"{sample.where}.json: {error}") from error
-        found = metadata.get(key) if isinstance(metadata, dict) else None
+        known = metadata if isinstance(metadata, dict) else {}
+        found, hint = known.get(key), did_you_mean(key, known)
     if found is None:
-        raise UserError(f"{sample.where}: {at}={key} is no key of its .json and no column of its .npy")
+        raise UserError(f"{sample.where}: {at}={key} is no key of its .json and no column of its .npy{hint}")
     return str(found)
 
 

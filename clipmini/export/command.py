@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini import __version__
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, tell_choices
 from clipmini.export import hugging_face, onnx_towers
 from clipmini.export.card import Subject, make_card
 from clipmini.export.inputs import encode, make_inputs
@@ -81,9 +81,7 @@ def export(
             a model that the format has no place for, or features that differ.
     """
     if format not in FORMATS:
-        raise UserError(
-            f"format={format}: no such format{did_you_mean(format, FORMATS)}; there are: {', '.join(FORMATS)}"
-        )
+        raise UserError(f"format={format}: no such format{tell_choices(format, FORMATS)}")
     chosen = FORMATS[format]
     require_packages(format, chosen)
     output = output.resolve()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmini.errors import UserError
+from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.similarity import similarity
 from clipmini.search.layout import FOLDERS, Kind, Layout, Row, import_pyarrow, read_record, read_row
 
@@ -139,7 +139,7 @@ def open_index(directory: Path, among: str | None = None) -> Index:
     record = read_record(directory, "index")
     layout = Layout(directory, record["partitions"], tuple(record["kinds"]))
     if among is not None and among not in layout.kinds:
-        raise UserError(f"among={among}: {directory} has embeddings of {', '.join(layout.kinds)}")
+        raise UserError(f"among={among}: {directory} has no such embeddings{tell_choices(among, layout.kinds)}")
     if missing := layout.missing():
         raise UserError(
             f"index={directory}: {len(missing)} of {layout.partitions} partitions are missing, first {missing[0]}: the "

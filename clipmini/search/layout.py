@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipmini.errors import UserError
-from clipmini.files import write_atomically
+from clipmini.files import tell_neighbours, write_atomically
 from clipmini.shards.packed import DIGEST, LOCK, check_same
 
 RECORD = "index.json"
@@ -180,7 +180,8 @@ def read_record(directory: Path, key: str) -> Row:
     try:
         content = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{key}={directory}: no index there ({RECORD}): {error.strerror}") from error
+        reason = f"{error.strerror}{'' if directory.exists() else tell_neighbours(directory)}"
+        raise UserError(f"{key}={directory}: no index there ({RECORD}): {reason}") from error
     except ValueError as error:
         raise UserError(f"{key}={directory}: cannot read its {RECORD}: {error}") from error
     if not isinstance(content, dict) or not REQUIRED <= content.keys():

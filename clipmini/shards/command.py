@@ -16,7 +16,7 @@ from clipmini.data.content import Content
 from clipmini.data.counts import count_pairs, read_known_counts
 from clipmini.data.locate import locate
 from clipmini.data.manifest import read_sources
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, did_you_mean, tell_choices
 from clipmini.redaction import redact_message
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         print_usage()
         return 0
     if command not in COMMANDS:
-        raise UserError(
-            f"shards {command}: no such command{did_you_mean(command, COMMANDS)}; there are: {', '.join(COMMANDS)}"
-        )
+        raise UserError(f"shards {command}: no such command{tell_choices(command, COMMANDS)}")
     if {"-h", "--help"} & set(overrides):
         name = command if command in ("leaks", "pack") else "train"
         print(config.config_file(name).read_text(), end="")

@@ -11,8 +11,8 @@ from pathlib import Path
 from clipmini.data.index import IMAGE_EXTENSIONS
 from clipmini.data.locate import is_shard, locate_local
 from clipmini.data.processes import map_in_processes
-from clipmini.errors import UserError, did_you_mean
-from clipmini.files import write_atomically
+from clipmini.errors import UserError, check_choice
+from clipmini.files import tell_neighbours, write_atomically
 from clipmini.shards.inputs import PRELOAD, Input, check_apart, open_folder, open_shards
 from clipmini.shards.packed import (
     DAMAGED,
@@ -131,9 +131,8 @@ def check_settings(settings: Settings, num_workers: int | None) -> None:
         check_number("resize", settings.resize, or_null=" or null")
     if num_workers is not None:
         check_number("num_workers", num_workers, or_null=" or null")
-    if settings.format is not None and settings.format not in list(FORMATS):
-        hint = did_you_mean(str(settings.format), FORMATS)
-        raise UserError(f"format={settings.format}: expected {', '.join(FORMATS)} or null{hint}")
+    if settings.format is not None:
+        check_choice("format", settings.format, FORMATS)
 
 
 def check_number(key: str, value: object, *, most: int | None = None, or_null: str = "") -> None:
@@ -171,7 +170,7 @@ def open_source(settings: Settings, output: Path, num_workers: int | None) -> In
         if suffix in TABLES:
             raise UserError(f"input={path}: does not exist; tables are packed one by one, each to an output of its own")
         if not os.path.exists(path) and not set(path) & set("*?[{"):
-            raise UserError(f"input={path}: does not exist")
+            raise UserError(f"input={path}: does not exist{tell_neighbours(path)}")
         tars = [shard.path for shard in locate_local(path, "input")]
         return open_shards(path, tars, caption_key, samples_per_shard, num_workers)
     except OSError as error:
