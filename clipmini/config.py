@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import inspect
 import os
 import re
 import types
@@ -19,14 +20,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from clipmini import hydra_checks, redaction
+from clipmini.annotations import check_meant, check_schema
 from clipmini.errors import UserError, did_you_mean
 from clipmini.files import write_atomically
 from clipmini.schemas import COMMANDS, POSITIONAL, TrainConfig
 from clipmini.targets import PARTIAL, TARGET, Allowed, check_names, check_node, check_targets, make_factory
 
 TYPO = 0.75  # likeness to a key above which KEY=VALUE is no value without a key
+SCHEMAS = {"train": TrainConfig, **COMMANDS}
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the yaml files inside the package, a checkout beside it.
 CONFIG_DIR = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
@@ -38,20 +42,51 @@ class CheckedConfigLoader(ConfigLoaderImpl):
     def load_configuration(
         self, config_name: str | None, overrides: list[str], *arguments: Any, **options: Any
     ) -> DictConfig:
-        cfg = super().load_configuration(config_name, overrides, *arguments, **options)
+        try:
+            cfg = super().load_configuration(config_name, overrides, *arguments, **options)
+        except OmegaConfBaseException:  # some of which are ValueErrors
+            raise
+        except UnicodeDecodeError as error:
+            raise UserError(f"a config file is not UTF-8: {error}") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
         content = hydra_checks.read_plain(cfg)
         redaction.remember(redaction.find_secrets(content))
         hydra_checks.check_rights(cfg, overrides)
         is_job = options.get("from_shell", True)
         hydra_checks.check_hydra(content.pop("hydra"), read_allowed(content), is_job=is_job)
         check_names(content, "", read_allowed(content))  # what they lead to is checked when torch is loaded
+        check_content(config_name, content)
         return cfg
+
+
+def check_content(command: str | None, content: dict[str, Any]) -> None:
+    """Check what types do not tell of a composed config, as plain data.
+
+    Raises:
+        UserError: a number that is none or out of its limits, an empty text, or a name that is no directory's.
+    """
+    check_meant(content, "")
+    if schema := SCHEMAS.get(command or ""):
+        check_schema(content, schema)
+    if command == "train":
+        check_run_name(content["name"])
+
+
+def check_run_name(name: str) -> None:
+    """See that a run's name is that of a directory below paths.output.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+        raise UserError(f"name={name!r}: must be the name of a directory below paths.output, as in mine or tests/mine")
 
 
 def register() -> None:
     """Make schemas, the `package:` resolver and our checks known to Hydra; must run before a config is composed."""
     hydra._internal.hydra.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
-    for name, schema in {"train": TrainConfig, **COMMANDS}.items():
+    for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE / name), replace=True)
 
@@ -183,6 +218,10 @@ def build(cfg: DictConfig, key: str, /, **runtime: Any) -> Any:
     factory = functools.partial(make_factory(node, key, read_allowed(cfg)), **runtime)
     if node.get(PARTIAL):
         return factory
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:  # as when a key was taken out by ~
+        raise UserError(f"{key}: {error}") from error
     try:
         return factory()
     except ModuleNotFoundError as error:

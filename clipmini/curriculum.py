@@ -12,6 +12,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from clipmini.annotations import Limits
 from clipmini.blocks import OwnPatchDropout
 from clipmini.errors import UserError
 from clipmini.model import Model, image_size
@@ -96,8 +97,7 @@ def check_patch_dropout(visual: nn.Module, share: float | None, key: str) -> Non
     """
     if share is None:
         return
-    if not 0 <= share < 1:
-        raise UserError(f"{key}.patch_dropout={share:g}: must be from 0 to below 1, or null")
+    Limits(least=0, below=1).check(f"{key}.patch_dropout", share, float | None)
     if not isinstance(visual, VisionTransformer):
         raise UserError(f"{key}.patch_dropout={share:g}: {type(visual).__name__} has none, must be null")
     if isinstance(visual.patch_dropout, nn.Identity):

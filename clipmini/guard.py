@@ -171,14 +171,9 @@ class Spikes:
     Args:
         window: good steps that are looked back at.
         sigmas: standard deviations.
-
-    Raises:
-        UserError: a value out of its range.
     """
 
     def __init__(self, *, window: int, sigmas: float) -> None:
-        if window < 2 or not sigmas > 0:
-            raise UserError(f"bad_steps.window={window} must be 2 or more, and bad_steps.sigmas={sigmas} above 0")
         self.sigmas = sigmas
         self.norms = torch.zeros(window, dtype=torch.float64)  # in float64 equal norms have a deviation of 0
         self.count = torch.zeros((), dtype=torch.int64)  # of good steps

@@ -71,7 +71,7 @@ def check_hydra(content: Mapping[str, Any], allowed: Allowed, *, is_job: bool) -
     """Check Hydra's own part of a config, whose classes Hydra makes before the job begins.
 
     Raises:
-        UserError: it would run what is not allowed, or write the overrides with all their secrets.
+        UserError: it cannot work, would run what is not allowed, or would write the overrides with all their secrets.
     """
     for name in ("callbacks", "launcher", "sweeper"):
         check_resolved(content.get(name), f"hydra.{name}")
@@ -79,6 +79,11 @@ def check_hydra(content: Mapping[str, Any], allowed: Allowed, *, is_job: bool) -
     for name in ("hydra_logging", "job_logging"):
         check_resolved(content.get(name), f"hydra.{name}")
         check_logging(content.get(name), f"hydra.{name}", allowed)
+    for name in ("run", "sweep"):
+        if content[name]["dir"] == "":
+            raise UserError(f"hydra.{name}.dir is empty: must be a directory")
+    if not isinstance(content["verbose"], bool | str | list):
+        raise UserError(f"hydra.verbose={content['verbose']}: must be true, false, or names of loggers")
     if is_job and content.get("output_subdir") is not None:
         raise UserError(
             f"hydra.output_subdir={content['output_subdir']}: must be null; the run writes its config.yaml itself, "

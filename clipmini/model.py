@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from clipmini.annotations import Limits
 from clipmini.architecture import check_timm_name, read_architecture
 from clipmini.blocks import Block, adopt_blocks, run_blocks
 from clipmini.errors import UserError
@@ -37,10 +38,10 @@ def create_model(
     pretrained: str | None = None,
     pretrained_towers: Towers = "both",
     start: Model | None = None,
-    embed_dim: int | None = None,
+    embed_dim: Annotated[int | None, Limits(least=1)] = None,
     vision_cfg: dict[str, Any] | None = None,
     text_cfg: dict[str, Any] | None = None,
-    patch_dropout: float | None = None,
+    patch_dropout: Annotated[float | None, Limits(least=0, below=1)] = None,
     lock_image: bool = False,
     lock_image_unlocked_groups: int = 0,
     lock_image_freeze_bn_stats: bool = True,
@@ -119,6 +120,9 @@ def create_from_architecture(architecture: dict[str, Any], towers: Towers = "bot
     except Exception as error:  # whatever open_clip, timm or transformers think of these numbers and names
         reason = str(error) or "its numbers do not fit together"
         raise UserError(f"model: open_clip cannot make it from {json.dumps(options)}: {reason}") from error
+    if isinstance(model.visual, VisionTransformer) and min(model.visual.grid_size) < 1:
+        size, patch = model.visual.image_size[0], model.visual.patch_size[0]
+        raise UserError(f"image_size={size}: must be at least {patch}, the size of the model's patches")
     if isinstance(model.visual, TimmModel):
         shapes = [parameter.shape for parameter in model.visual.parameters()]
         model.visual.set_input_size(model.visual.image_size)

@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from clipmini.annotations import Limits
 from clipmini.errors import UserError
 
 
@@ -55,7 +57,12 @@ def match_memory_format(optimizer: Optimizer) -> None:
 
 
 def cosine(
-    optimizer: Optimizer, *, total_steps: int, warmup_steps: int, warmup_fraction: float, final_fraction: float
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_fraction: float,
+    final_fraction: Annotated[float, Limits(least=0, most=1)],
 ) -> LambdaLR:
     """Warm up linearly, then fall along half a cosine.
 

@@ -5,12 +5,13 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from clipmini.annotations import Limits
 from clipmini.console import log_table
 from clipmini.module import ClipModule, no_span
 
@@ -72,7 +73,14 @@ class Profile(Callback):
         steps: that are measured.
     """
 
-    def __init__(self, *, directory: str, is_on: bool, first_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        *,
+        directory: str,
+        is_on: bool,
+        first_step: Annotated[int, Limits(least=1)],
+        steps: Annotated[int, Limits(least=1)],
+    ) -> None:
         self.directory = Path(directory)
         self.is_on = is_on
         self.first_step = first_step

@@ -5,6 +5,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from clipmini.annotations import LONGEST, Limits
+
+
+def limited(**limits: float) -> Any:
+    """Make a field that must be given, whose numbers have `Limits`; where an object has some itself, none are here."""
+    return field(default=MISSING, metadata={"limits": Limits(**limits)})
+
 
 @dataclass
 class CheckpointConfig:
@@ -16,17 +23,17 @@ class CheckpointConfig:
     keep_last: int = MISSING
     keep_every_n_steps: int | None = MISSING
     background: bool = MISSING
-    retries: int = MISSING
-    retry_seconds: float = MISSING
+    retries: int = limited(least=0)
+    retry_seconds: float = limited(least=0, most=LONGEST)
     max_failures: int = MISSING
-    parts_timeout: float = MISSING
+    parts_timeout: float = limited(above=0, most=LONGEST)
 
 
 @dataclass
 class PreemptionConfig:
     """How signals stop a run."""
 
-    check_every_seconds: float = MISSING
+    check_every_seconds: float = limited(least=0, most=LONGEST)
     requeue: bool = MISSING
 
 
@@ -34,9 +41,9 @@ class PreemptionConfig:
 class TimeoutsConfig:
     """How long the processes of a run wait for one another, in seconds."""
 
-    start: float = MISSING
-    step: float = MISSING
-    stacks: float = MISSING
+    start: float = limited(above=0, most=LONGEST)
+    step: float = limited(above=0, most=LONGEST)
+    stacks: float = limited(above=0, most=LONGEST)
 
 
 @dataclass
@@ -45,8 +52,8 @@ class BadStepsConfig:
 
     max_in_a_row: int = MISSING
     skip_spikes: bool = MISSING
-    window: int = MISSING
-    sigmas: float = MISSING
+    window: int = limited(least=2)
+    sigmas: float = limited(above=0)
 
 
 @dataclass
@@ -118,12 +125,12 @@ class TrainConfig:
     """The keys of `clipmini train`; a group typed `dict` is checked against the signature of its `_target_`."""
 
     name: str = MISSING
-    seed: int = MISSING
-    batch_size: int = MISSING
+    seed: int = limited(least=0, most=2**32 - 1)
+    batch_size: int = limited(least=1)
     micro_batch: int | None = MISSING
-    epochs: float | None = MISSING
+    epochs: float | None = limited(above=0)
     steps: int | None = MISSING
-    image_size: int | None = MISSING
+    image_size: int | None = limited(least=1)
     curriculum: list[StageConfig] | None = MISSING
     teacher: str | None = MISSING
     compile: bool = MISSING
@@ -177,7 +184,7 @@ class EvaluateConfig:
     check: bool = MISSING
     watch: bool = MISSING
     best_metric: str | None = MISSING
-    poll_seconds: float = MISSING
+    poll_seconds: float = limited(above=0, most=LONGEST)
     cache: str | None = MISSING
 
 
@@ -202,7 +209,7 @@ class CacheConfig:
     max_bytes: int | None = MISSING
     fetch_timeout: float = MISSING
     stall_timeout: float = MISSING
-    storage_options: dict[str, Any] | None = MISSING
+    storage_options: Any = MISSING  # a mapping of mappings or null, between which OmegaConf cannot merge
 
 
 @dataclass
@@ -217,12 +224,12 @@ class EmbedConfig:
     image_key: str | None = MISSING
     caption_key: str | None = MISSING
     metadata: bool = MISSING
-    rows_per_partition: int = MISSING
+    rows_per_partition: int = limited(least=1)
     long_texts: str = MISSING
     precision: str = MISSING
     device: str = MISSING
-    num_workers: int | None = MISSING
-    max_member_bytes: int = MISSING
+    num_workers: int | None = limited(least=0)
+    max_member_bytes: int = limited(least=1)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 
@@ -233,7 +240,7 @@ class SearchConfig:
     index: str = MISSING
     query: str = MISSING
     among: str | None = MISSING
-    top_k: int = MISSING
+    top_k: int = limited(least=1)
     model: str | None = MISSING
     device: str = MISSING
     output: str | None = MISSING
@@ -245,13 +252,13 @@ class ServeConfig:
     """The keys of `clipmini serve`."""
 
     index: str = MISSING
-    port: int = MISSING
+    port: int = limited(least=0, most=65535)
     among: str | None = MISSING
     top_k: int = MISSING
     model: str | None = MISSING
     device: str = MISSING
     pictures: str | None = MISSING
-    max_upload: int = MISSING
+    max_upload: int = limited(least=1)
 
 
 @dataclass

@@ -20,7 +20,8 @@ from clipmini.architecture import read_architecture
 from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoint
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import AVERAGE, check_weights
-from clipmini.errors import UserError, did_you_mean
+from clipmini.errors import UserError, did_you_mean, tell_choices
+from clipmini.files import tell_neighbours
 from clipmini.lora import merge_lora
 from clipmini.model import create_from_architecture, create_from_open_clip_config, set_preprocess
 from clipmini.one_tower import Model, Towers, named_towers, text_tower
@@ -61,8 +62,7 @@ class Source:
             UserError: it does not go with the model.
         """
         tokenize = create_tokenizer(self.model.architecture)
-        if text_tower(self.model) is not None:
-            check_tokenizer(self.model, tokenize)
+        check_tokenizer(self.model, tokenize)
         return tokenize
 
 
@@ -116,9 +116,10 @@ def load_start(pretrained: str, name: str | None) -> Source:
     except UserError as error:
         reason = str(error).removeprefix(f"model={pretrained}: ").replace("architecture=", "model.name=")
         raise UserError(f"model.pretrained={pretrained}: {reason}") from error
+    hint = tell_neighbours(path) or did_you_mean(pretrained, tags)
     raise UserError(
-        f"model.pretrained={pretrained}: neither a file nor a tag of {name}{did_you_mean(pretrained, tags)}, nor a "
-        f"run, a checkpoint, an open_clip directory or NAME/TAG; tags: {', '.join(tags) or 'none'}"
+        f"model.pretrained={pretrained}: neither a file nor a tag of {name}{hint}, nor a run, a checkpoint, an "
+        f"open_clip directory or NAME/TAG; tags: {', '.join(tags) or 'none'}"
     )
 
 
@@ -222,7 +223,11 @@ def load_directory(directory: Path) -> Source:
 
 def read_run_config(run: Path) -> dict[str, Any] | None:
     """Read the config of a run as plain data."""
-    content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    path = run / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else None
 
 
@@ -232,11 +237,12 @@ def load_tag(source: str) -> Source:
     if name not in open_clip.list_models():
         known = [f"{name}/{tag}" for name, tag in open_clip.list_pretrained()]
         raise UserError(
-            f"model={source}: neither a file nor a directory, and no NAME/TAG of open_clip{did_you_mean(source, known)}"
+            f"model={source}: neither a file nor a directory, and no NAME/TAG of open_clip"
+            f"{tell_neighbours(source) or did_you_mean(source, known)}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
-        raise UserError(f"model={source}: {name} has no tag {tag!r}{did_you_mean(tag, tags)}; tags: {', '.join(tags)}")
+        raise UserError(f"model={source}: {name} has no tag {tag!r}{tell_choices(tag, tags)}")
     details = open_clip.get_pretrained_cfg(name, tag)
     architecture = read_architecture(name=name)
     quick_gelu = details.get("quick_gelu")
@@ -330,12 +336,14 @@ def list_names(path: Path) -> list[str]:
 
 
 def check_tokenizer(model: Model, tokenize: Tokenize) -> None:
-    """See that a model knows every token of its tokenizer, and takes as many at a time.
+    """See that a model with a text tower knows every token of its tokenizer, and takes as many at a time.
 
     Raises:
         UserError: it does not.
     """
     tower = text_tower(model)
+    if tower is None:
+        return
     text = tokenize(["a photo of a cat"])
     if isinstance(tower, HFTextEncoder):
         known, length = tower.config.vocab_size, text.shape[1]

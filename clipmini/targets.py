@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from clipmini.annotations import check_values
-from clipmini.errors import UserError
+from clipmini.errors import UserError, did_you_mean
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Beside the names in our own conf/: what users choose optimizers, callbacks and loggers from.
@@ -192,7 +192,8 @@ def follow(target: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ImportError(f"there is no {part} in {'.'.join(parts[: number - 1])}") from error
+            hint = did_you_mean(part, (name for name in dir(found) if not name.startswith("_")))
+            raise ImportError(f"there is no {part} in {'.'.join(parts[: number - 1])}{hint}") from error
     return found
 
 
@@ -210,8 +211,9 @@ def check_node(node: Mapping[str, Any], key: str, allowed: Allowed, skip: Mappin
     target = locate(key, node[TARGET], allowed)
     parameters = inspect.signature(target).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     try:
-        hints = typing.get_type_hints(inspect.unwrap(target.__init__ if inspect.isclass(target) else target))
+        hints = typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # annotations that only a type checker can resolve
         hints = {}
     values = {str(name): value for name, value in node.items() if name not in (TARGET, PARTIAL, *skip)}

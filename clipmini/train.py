@@ -15,13 +15,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from clipmini import launch
+from clipmini.annotations import Limits
 from clipmini.blocks import compile_blocks
 from clipmini.checkpoints import disk, resume
 from clipmini.checkpoints.saving import SaveCheckpoints
 from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals
 from clipmini.cluster.hangs import explain_lost_process, record_collectives
-from clipmini.config import build, build_all, check_all
+from clipmini.config import build, build_all, check_all, read_node
 from clipmini.console import format_seconds, set_up_logging
 from clipmini.curriculum import read_curriculum, size_limits
 from clipmini.data.captions import SAME
@@ -55,7 +56,7 @@ from clipmini.redaction import redact
 from clipmini.report.command import report_at_end
 from clipmini.report.read import ENVIRONMENT, SHOWN
 from clipmini.run_log import describe_data, describe_inputs, log_files, log_header, log_health, write_environment
-from clipmini.sources import EXPORTED, load_start
+from clipmini.sources import EXPORTED, check_tokenizer, load_start
 from clipmini.teacher import Teacher, keep_teacher_features, load_teacher
 from clipmini.towers import decay_learning_rates
 
@@ -195,10 +196,6 @@ def build_data(cfg: DictConfig, processes: launch.Launch) -> ImageTextData:
     Raises:
         UserError: a value that cannot work.
     """
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: must be from 0 to {2**32 - 1}")
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size}: must be 1 or more")
     known = {"batch_size": cfg.batch_size, "seed": cfg.seed, "num_cores": processes.num_cores}
     loss = build(cfg, "loss")
     return build(cfg, "data", terms=tuple(loss.terms), all_views=loss.all_views, **known)
@@ -210,6 +207,7 @@ def prepare(data: ImageTextData, module: ClipModule, tokenize: Tokenize, total_s
     Raises:
         UserError: they do not go together.
     """
+    check_tokenizer(module.model, tokenize)
     check_second_pass(data, module.model)
     limits = size_limits(module.curriculum, data.batch_size)
     if limits and data.cached_features:
@@ -225,6 +223,7 @@ def build_module(
 ) -> ClipModule:
     """Build model, loss and optimizer, and try the optimizer once, so that a wrong value stops here."""
     loss = build(cfg, "loss")
+    read_node(cfg, "model")  # before what it names is loaded
     start = load_start(cfg.model.pretrained, cfg.model.name).model if cfg.model.pretrained else None
     given = {"image_size": cfg.image_size, "init_scale": loss.init_scale, "init_bias": loss.init_bias}
     model = build(cfg, "model", start=start, towers=loss.towers, **given)
@@ -331,6 +330,8 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
             f"trainer.accumulate_grad_batches={options.accumulate_grad_batches} would shrink the negatives of the "
             "contrastive loss to one part of the batch: set micro_batch instead, which does not"
         )
+    Limits(least=1).check("trainer.log_every_n_steps", options.get("log_every_n_steps"))
+    Limits(least=0).check("trainer.gradient_clip_val", options.get("gradient_clip_val"), float | None)
     accelerator = launch.choose_accelerator(options.accelerator)
     launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
     durable = {name: cfg.checkpoint[name] for name in ("background", "retries", "retry_seconds", "parts_timeout")}

@@ -4,12 +4,13 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from clipmini.annotations import Limits
 from clipmini.callbacks import Monitor, Reading
 from clipmini.module import ClipModule
 from clipmini.objective import ContrastiveLoss
@@ -50,14 +51,14 @@ class TrainingHealth(Callback):
     def __init__(
         self,
         *,
-        window: int,
-        grace_steps: int,
-        sigmas: float,
-        min_spread: float,
-        max_data_wait: float,
-        min_seconds: float,
-        first_loss_below: float,
-        first_loss_above: float,
+        window: Annotated[int, Limits(least=2)],
+        grace_steps: Annotated[int, Limits(least=0)],
+        sigmas: Annotated[float, Limits(least=0)],
+        min_spread: Annotated[float, Limits(least=0)],
+        max_data_wait: Annotated[float, Limits(least=0, most=1)],
+        min_seconds: Annotated[float, Limits(least=0)],
+        first_loss_below: Annotated[float, Limits(least=0)],
+        first_loss_above: Annotated[float, Limits(least=0)],
         pretrained: str | None,
     ) -> None:
         self.window = window

@@ -122,7 +122,7 @@ def test_resumed_is_uninterrupted(step: int, shards: Path, tiny_json: Path, tmp_
         ([{"until": 0.001}, {"until": 1.0}], r"curriculum\[0\].until=0.001: leaves this stage none of the 100 steps"),
         ([{"until": 1.0, "image_size": 20}], r"curriculum\[0\].image_size=20: must be a multiple of 8, or null"),
         ([{"until": 1.0, "image_size": 0}], r"curriculum\[0\].image_size=0: must be a multiple of 8, or null"),
-        ([{"until": 1.0, "patch_dropout": 1.0}], r"curriculum\[0\].patch_dropout=1: must be from 0 to below 1"),
+        ([{"until": 1.0, "patch_dropout": 1.0}], r"curriculum\[0\].patch_dropout=1.0: must be from 0 to below 1"),
     ],
 )
 def test_wrong_stages_are_told(stages: list[dict[str, Any]], message: str, model: Model) -> None:

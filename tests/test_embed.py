@@ -165,7 +165,7 @@ def test_texts_that_are_too_long_are_said_and_not_cut(tiny_export: Path, tmp_pat
         (["rows_per_partition=0"], "rows_per_partition=0: must be 1 or more"),
         (["num_workers=-1"], "num_workers=-1: must be 0 or more"),
         (["precision=int8"], "precision=int8: is one of fp32, bf16, fp16"),
-        (["long_texts=drop"], "long_texts=drop: is refuse or cut"),
+        (["long_texts=drop"], "long_texts=drop: is one of refuse, cut"),
         (["caption_key=title"], r"caption_key=title: of a folder of pictures it is txt or folder"),
         (["captions_key=txt"], r"unknown key captions_key \(did you mean 'caption_key'"),
         (["pictures"], "pictures: what is it\\?; there are model, architecture"),

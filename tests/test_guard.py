@@ -313,14 +313,6 @@ def test_equal_norms_are_no_spikes() -> None:
     assert not any(bool(spikes.find(torch.tensor(0.1))) for _ in range(400))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_in_a_row": 0}, "bad_steps.max_in_a_row=0: must be 1 or more"),
-        ({"skip_spikes": True, "window": 1}, "bad_steps.window=1 must be 2 or more"),
-        ({"skip_spikes": True, "sigmas": 0.0}, "bad_steps.sigmas=0.0 above 0"),
-    ],
-)
-def test_limits_out_of_their_range(changes: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_guard(**changes)
+def test_limit_out_of_its_range() -> None:
+    with pytest.raises(UserError, match="bad_steps.max_in_a_row=0: must be 1 or more"):
+        make_guard(max_in_a_row=0)

@@ -163,6 +163,7 @@ def test_ends_by_ctrl_c_and_says_that_a_port_is_in_use(made_index: Path, run_her
         (["port=70000"], "port=70000: must be from 0"),
         (["top_k=500"], "top_k=500: must be from 1 to 200"),
         (["max_upload=0"], "max_upload=0: must be 1 or more"),
+        (["pictures=nowhere"], "pictures=nowhere: there is no such directory"),
         (["model=nothing"], "model=nothing: neither a file nor a directory"),
         (["prot=1"], r"unknown key prot \(did you mean 'port'"),
     ],

@@ -13,11 +13,13 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from filelock import FileLock, Timeout
 
+from clipmini.annotations import LONGEST, Limits, matches
 from clipmini.data.index import BLOCK, END, Shard, check_first_block, parse_header
 from clipmini.data.remote import Remote, WrongContent
-from clipmini.errors import UserError
+from clipmini.errors import UserError, tell_choices
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +53,19 @@ class ShardCache:
         max_bytes: int | None,
         fetch_timeout: float,
         stall_timeout: float,
-        storage_options: Mapping[str, Any] | None,
+        storage_options: Mapping[str, Mapping[str, Any]] | None,
         under: str = "data.",
     ) -> None:
         self.under, key = under, f"{under}cache"
-        limits = {"max_bytes": max_bytes, "fetch_timeout": fetch_timeout, "stall_timeout": stall_timeout}
-        for name, value in limits.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{key}.{name}={value}: must be above 0")
+        for name, value in {"fetch_timeout": fetch_timeout, "stall_timeout": stall_timeout}.items():
+            Limits(above=0, most=LONGEST).check(f"{key}.{name}", value)
+        Limits(above=0).check(f"{key}.max_bytes", max_bytes, int | None)
+        if not matches(storage_options, Mapping[str, Mapping[str, Any]] | None):
+            text = "must be options by protocol, as in {s3:{endpoint_url:...}}, or null"
+            raise UserError(f"{key}.storage_options={storage_options}: {text}")
+        for name in storage_options or {}:
+            if name not in (known := fsspec.available_protocols()):
+                raise UserError(f"{key}.storage_options.{name}: no such protocol{tell_choices(name, known)}")
         self.directory = Path(directory)
         self.told = f"{'paths.cache' if under else 'cache.directory'}={directory}"  # in messages
         self.max_bytes = max_bytes

@@ -18,6 +18,8 @@ from open_clip.tokenizer import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from clipmini.annotations import Limits
+
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 # The pattern of CLIP's tokenizer without its special tokens, so that a caption cannot contain one. Words are split by
@@ -40,6 +42,7 @@ def create_tokenizer(architecture: dict[str, Any]) -> Tokenize:
     name = text.get("hf_tokenizer_name")
     options = text.get("tokenizer_kwargs") or {}
     context_length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    Limits(least=2).check("model.text_cfg.context_length", context_length)  # a start and an end
     if name:
         return HFTokenizer(name, context_length=context_length, tokenizer_mode=text.get("tokenizer_mode"), **options)
     if set(options) - {"clean"}:

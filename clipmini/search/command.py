@@ -30,8 +30,6 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = config.read_options("search", arguments)
     set_up_logging(None)
-    if options["top_k"] < 1:
-        raise UserError(f"top_k={options['top_k']}: must be 1 or more")
     parse_query(options["query"])  # before a model is loaded
     index = open_index(Path(options["index"]), options["among"])
     device = launch.choose_device(options["device"], launch.read_launch())

@@ -31,7 +31,7 @@ from clipmini.data.remote import is_remote
 from clipmini.data.store import ShardStore
 from clipmini.data.tokenizer import Tokenize, count_tokens, trim
 from clipmini.data.workers import read_batches
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import hash_weights
 from clipmini.evaluation.encoder import AnyTransform, Encoder, check_precision, evaluation_transform
 from clipmini.model import encode_image, encode_text, padding, preprocess_cfg
@@ -274,13 +274,8 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         UserError: they cannot.
     """
-    if options["rows_per_partition"] < 1:
-        raise UserError(f"rows_per_partition={options['rows_per_partition']}: must be 1 or more")
-    if options["num_workers"] is not None and options["num_workers"] < 0:
-        raise UserError(f"num_workers={options['num_workers']}: must be 0 or more, or null")
     check_precision(options["precision"])
-    if options["long_texts"] not in LONG_TEXTS:
-        raise UserError(f"long_texts={options['long_texts']}: is {' or '.join(LONG_TEXTS)}")
+    check_choice("long_texts", options["long_texts"], LONG_TEXTS)
 
 
 def choose_kinds(request: Request, source: Source) -> tuple[Kind, ...]:

@@ -11,6 +11,7 @@ GET  /api/picture/ROW     the picture of a row, as a small WebP
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from clipmini.console import set_up_logging
 from clipmini.data.health import Fault
 from clipmini.data.picture import make_thumbnail
 from clipmini.errors import UserError
+from clipmini.files import tell_neighbours
 from clipmini.search.index import Index, list_results, open_index
 from clipmini.search.layout import TABLE_ROW
 from clipmini.search.pictures import PictureReader, open_pictures
@@ -251,10 +253,9 @@ def check_options(options: dict[str, Any]) -> None:
     """
     if not 1 <= options["top_k"] <= MAX_TOP_K:
         raise UserError(f"top_k={options['top_k']}: must be from 1 to {MAX_TOP_K}")
-    if options["max_upload"] < 1:
-        raise UserError(f"max_upload={options['max_upload']}: must be 1 or more")
-    if not 0 <= options["port"] < 65536:
-        raise UserError(f"port={options['port']}: must be from 0 (any free one) to 65535")
+    pictures = options["pictures"]
+    if pictures is not None and not os.path.isdir(pictures):
+        raise UserError(f"pictures={pictures}: there is no such directory{tell_neighbours(pictures)}")
 
 
 def bind(port: int) -> socket.socket:
