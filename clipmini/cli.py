@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from clipmini import __version__, redaction
-from clipmini.errors import STOPPED, ProcessLost, Stopped, UserError, did_you_mean
+from clipmini.errors import STOPPED, ProcessLost, Stopped, UserError, did_you_mean, tell_choices
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -61,13 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipmini {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" | ".join(COMMANDS))
+    parser.add_argument("command", metavar="COMMAND", help=" | ".join(COMMANDS))
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="what the subcommand takes")
     parsed = parser.parse_args(arguments)
     for word in parsed.overrides:
         redaction.remember(redaction.find_override_secrets(word))
     sys.excepthook = lambda *error: sys.stderr.write(redaction.format_traceback(*error))
     try:
+        if parsed.command not in COMMANDS:
+            raise UserError(f"{parsed.command}: no such command{tell_choices(parsed.command, COMMANDS)}")
         return train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
     except UserError as error:
         print(f"clipmini: {redaction.redact_message(str(error))}", file=sys.stderr)
@@ -97,6 +99,8 @@ def run_command(parsed: argparse.Namespace) -> int:
         return getattr(importlib.import_module(module), function)(parsed.overrides)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(explain(error)) from error
+    except OSError as error:
+        raise UserError(tell_file(error, parsed.overrides)) from error
 
 
 def train_command(overrides: list[str]) -> int:
@@ -120,7 +124,8 @@ def train_command(overrides: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Let Hydra raise: its own report prints stack traces and always exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["clipmini train", *overrides]
+    # Hydra's flags first: its parser takes no more overrides behind one that stands between them.
+    sys.argv = ["clipmini train", *sorted(overrides, key=lambda word: "=" in word and not word.startswith("-"))]
     config.register()
     if any(word == "-m" or (len(word) > 2 and "--multirun".startswith(word)) for word in overrides):
         check_sweeper()
@@ -139,6 +144,11 @@ def train_command(overrides: list[str]) -> int:
             # Exit here: Hydra would put its own lines around an exception of the job.
             logging.getLogger("clipmini").error("clipmini: %s", explain(error))
             sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise Defect(error) from None
+            logging.getLogger("clipmini").error("clipmini: %s", tell_file(error, overrides))
+            sys.exit(2)
         except (Stopped, ProcessLost) as end:
             logging.getLogger("clipmini").error("clipmini: %s", end)
             sys.exit(STOPPED if isinstance(end, Stopped) else 1)
@@ -151,6 +161,8 @@ def train_command(overrides: list[str]) -> int:
         raise defect.error from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(explain(error)) from error
+    except OSError as error:
+        raise UserError(tell_file(error, overrides)) from error
     return 0
 
 
@@ -195,6 +207,19 @@ def check_sweep(cfg: "DictConfig") -> None:
     check_sweeper()  # `hydra.mode=MULTIRUN` comes past the first check
 
 
+def tell_file(error: OSError, overrides: Sequence[str]) -> str:
+    """Tell what is wrong with a file or directory, and which override names it.
+
+    Raises:
+        OSError: the error itself, if it is not about a file: nothing that the user has given is wrong then.
+    """
+    if error.filename is None:
+        raise error
+    path = os.fspath(error.filename)
+    keys = [key for key, _, value in (word.partition("=") for word in overrides) if value and path.startswith(value)]
+    return ": ".join([*keys[-1:], path, os.strerror(error.errno) if error.errno else str(error)])
+
+
 def explain(error: Exception) -> str:
     """Tell an error of Hydra, OmegaConf or yaml in the words of the user's own keys and files."""
     from hydra.errors import MissingConfigException, OverrideParseException
@@ -222,6 +247,8 @@ def explain(error: Exception) -> str:
             return f"{group}: {choice} needs a package that is not installed: pip install 'clipmini[slurm]'"
         choices = ", ".join(sorted(error.options))
         return f"no {choice!r} among the choices of {group}{did_you_mean(choice, error.options)}; there are: {choices}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return tell_file(error, ())
     if isinstance(error, MarkedYAMLError):
         return f"a config file cannot be read: {error.problem}{error.problem_mark}".replace("\n", " ")
     return str(error)

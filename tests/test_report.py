@@ -234,6 +234,15 @@ def test_bad_runs(content: str | None, message: str, tmp_path: Path, run_here: C
     assert "no such directory" in run_here("report", str(tmp_path / "nothing")).stderr
 
 
+@pytest.mark.parametrize("content", [b"a: [1,\n", b"\xff\n"])
+def test_a_config_that_cannot_be_read(content: bytes, tmp_path: Path, run_here: Callable) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0\n")
+    (tmp_path / "environment.jsonl").write_bytes(b"\xff\n")  # a line that is left out
+    (tmp_path / "config.yaml").write_bytes(content)
+    result = run_here("report", str(tmp_path))
+    assert result.returncode == 2 and result.stderr.startswith(f"clipmini: {tmp_path}/config.yaml: cannot be read: ")
+
+
 def test_a_run_of_another_version_is_told_without_what_it_lacks(trained: Path, tmp_path: Path) -> None:
     """Files that are missing or cut leave their sections out."""
     run = tmp_path / "run"

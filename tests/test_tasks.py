@@ -206,7 +206,7 @@ def test_all_that_comes_out_is_named_before(
         SetEntry(str(tmp_path / "s/crepe"), images=str(tmp_path / "s/val2017")),
         SetEntry(str(tmp_path / "groups"), group_key="g"),
     ]
-    opened = [*open_sets(entries, with_train=True), open_one(classification_set)]
+    opened = [*open_sets(entries, "datasets", with_train=True), open_one(classification_set)]
     evaluators = [
         Evaluator(opened[:-1], Protocol(probes=("knn",), knn_k=2, resamples=0), 4, 0, "fp32"),
         Evaluator(opened[-1:], Protocol(resamples=0), 4, 0, "fp32"),

@@ -40,7 +40,7 @@ from clipmini.redaction import redact
 from clipmini.teacher import load_teacher
 from clipmini.train import build_data, build_evaluation, build_module, build_trainer, count_steps, prepare
 
-EXPECTED = (UserError, HydraException, OmegaConfBaseException, YAMLError)
+EXPECTED = (UserError, HydraException, OmegaConfBaseException, YAMLError, OSError)
 MAX_WAIT = 0.3  # share of a step without data
 RATE = 5.0  # times that a learning rate may be above or below that of its recipe, of the same batch
 

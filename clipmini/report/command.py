@@ -50,6 +50,8 @@ def report_at_end(directory: Path) -> None:
     """Write the report of a run that is complete; whatever goes wrong with it, the run is."""
     try:
         write_report(directory)
+    except UserError as error:
+        log.warning("the report could not be written: %s", error)
     except Exception:
         log.warning("the report could not be written; `clipmini report %s` tries again", directory, exc_info=True)
 

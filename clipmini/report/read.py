@@ -12,6 +12,7 @@ from clipmini.data.health import read_causes
 from clipmini.errors import UserError
 from clipmini.evaluation.details import shown_path
 from clipmini.evaluation.results import Row, read_rows
+from clipmini.files import tell_neighbours
 from clipmini.sources import read_run_config
 
 METRICS, RESULTS, ENVIRONMENT, QUARANTINE = "metrics.csv", "results.jsonl", "environment.jsonl", "quarantine.jsonl"
@@ -71,7 +72,7 @@ def read_run(directory: Path) -> Run:
         UserError: there is none, or nothing was measured yet.
     """
     if not directory.is_dir():
-        raise UserError(f"run={directory}: no such directory")
+        raise UserError(f"run={directory}: no such directory{tell_neighbours(directory)}")
     path = directory / METRICS
     if not path.is_file():
         raise UserError(
@@ -129,7 +130,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read lines of JSON; one that was cut by a kill is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
