@@ -105,6 +105,8 @@ def test_a_clean_run_has_no_findings(check: Callable, classification_set: Path) 
         (["loss.temperatures.image_image=0"], "fail", "data|model", "loss.temperatures.image_image=0"),
         (["data.train=s3://bucket/{0..3}.tar", "data.cache.fetch_timeout=0"], "fail", "data", "fetch_timeout=0"),
         (["paths.output=/proc/none"], "fail", "disk|paths.output", "/proc.*set paths.output"),
+        (["paths.output=/dev/null"], "fail", "paths.output", "/dev/null is a file, not a directory: set paths.output"),
+        (["name=../x"], "fail", "config", "name='../x': must be the name of a directory below paths.output"),
         (["batch_size=0"], "fail", "config", "batch_size=0: must be 1 or more"),
         (["schedule.warmup_steps=null"], "fail", "model", "warmup_steps"),
         (["processes=2", "trainer.devices=4"], "fail", "trainer", "trainer.devices=4"),

@@ -43,8 +43,9 @@ def check_disk(run: Path, size: int, keep: int, steps_kept: int, findings: Findi
         steps_kept: how many stay for good.
     """
     directory = existing(run.absolute())
-    if not os.access(directory, os.W_OK):
-        findings.fail("paths.output", f"{directory} cannot be written: set paths.output")
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
+        what = "cannot be written" if directory.is_dir() else "is a file, not a directory"
+        findings.fail("paths.output", f"{directory} {what}: set paths.output")
         return
     need, free = size * (keep + steps_kept), shutil.disk_usage(directory).free
     text = f"{keep + steps_kept} checkpoints of about {tell(size)} need {tell(need)}, and {directory} has {tell(free)}"
