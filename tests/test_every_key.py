@@ -1,5 +1,6 @@
 """Whatever is given for any key of any command: it is taken, or refused in one message; nothing else comes out."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +23,11 @@ GIVEN = {
     "compare": ["runs=[x,y]"],
     "leaks": ["train=x", "eval=x"],
 }
-# What is made of a group without data, a model or the disk.
-MADE = ("loss", "optimizer", "schedule", "data.cache", "data.augmentation", "callbacks")
-CHECKED = (*MADE, "data", "model", "trainer", "logger")
+# What is made of a group without data, a model or the disk; and what else is checked against a signature.
+MADE = ("loss", "optimizer", "schedule", "data.cache", "data.augmentation", "callbacks.")
+CHECKED = (*MADE, "data", "model", "trainer", "logger.")
+# What a run itself passes on.
+OWN = dict.fromkeys(("terms", "all_views", "accelerator", "devices", "num_nodes", "strategy", "precision"))
 
 
 def list_leaves(tree: Any, key: str = "") -> Iterator[str]:
@@ -43,10 +46,10 @@ def check(command: str, cfg: DictConfig, key: str, content: dict[str, Any]) -> N
     """
     group = key.split(".")[0]
     config.check_content(command, {**content, group: hydra_checks.read_child(cfg, group)})
-    for node in (group, ".".join(key.split(".")[:2])) if command == "train" else ():
-        is_checked = node in CHECKED or node.startswith(("callbacks.", "logger."))
-        if is_checked and OmegaConf.select(cfg, node) is not None:
-            config.read_node(cfg, node, skip=dict.fromkeys(("terms", "all_views")))
+    for node in dict.fromkeys((group, ".".join(key.split(".")[:2]))) if command == "train" else ():
+        is_node = node in CHECKED or node.startswith(("callbacks.", "logger."))
+        if is_node and OmegaConf.select(cfg, node) is not None:
+            config.read_node(cfg, node, skip=OWN)
             if node.startswith(MADE):
                 config.build(cfg, node)
 
@@ -60,7 +63,8 @@ def test_any_value_of_any_key_is_taken_or_refused_in_words(command: str) -> None
     for key in keys:
         *path, name = key.split(".")
         parent = OmegaConf.select(cfg, ".".join(path)) if path else cfg
-        before = parent._get_node(name)
+        before = copy.deepcopy(parent._get_node(name))
+        check(command, cfg, key, content)  # as it is, it is right
         for value in BAD:
             try:
                 parent[name] = value
@@ -70,5 +74,5 @@ def test_any_value_of_any_key_is_taken_or_refused_in_words(command: str) -> None
                 refused += 1
             except Exception as error:
                 raise AssertionError(f"{key}={value!r}: {error!r}") from error
-        parent._set_item_impl(name, before)
+        parent.__dict__["_content"][name] = before  # an assignment would be checked, and change the node in place
     assert refused > 3 * len(keys)
