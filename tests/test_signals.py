@@ -153,7 +153,7 @@ class Slow(Callback):
     def __init__(self):
         whole = encoder.encode_image
         def encode_image(*arguments, **options):
-            time.sleep(1)
+            time.sleep(2)
             return whole(*arguments, **options)
         encoder.encode_image = encode_image
 """
@@ -165,7 +165,7 @@ def test_an_evaluation_that_takes_longer_than_a_scheduler_waits(
 ) -> None:
     (tmp_path / "mine.py").write_text(SLOW)
     given = options(tiny_json, shards, "steps=4", f"evaluation.datasets=[{classification_set}]")
-    given += ["evaluation.bootstrap_resamples=10", "evaluation.batch_size=1"]  # 21 pictures, a second each
+    given += ["evaluation.bootstrap_resamples=10", "evaluation.batch_size=1"]  # 21 pictures, 2 s each
     # In the middle of the run, and at its end with one process.
     given += [f"evaluation.every_n_steps={'null' if processes == 1 else 3}"]
     slow = [*given, "+callbacks.slow._target_=mine.Slow", "allow_targets=[mine.]"]
@@ -175,7 +175,7 @@ def test_an_evaluation_that_takes_longer_than_a_scheduler_waits(
         process.send_to_groups(signal.SIGTERM)
         began = time.monotonic()
         assert process.wait(timeout=100) == [85] * processes, output(tmp_path)
-        assert time.monotonic() - began < 9
+        assert time.monotonic() - began < 18  # of 42, or of 22 with two processes
     step = 4 if processes == 1 else 3
     assert f"step {step}: the evaluation is given up" in output(tmp_path)
     assert f"clipmini: stopped by SIGTERM at step {step}; " in output(tmp_path) and "is saved" in output(tmp_path)
