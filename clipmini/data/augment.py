@@ -59,20 +59,21 @@ class Augmentation:
     def __post_init__(self) -> None:
         jitter = self.color_jitter or (0, 0, 0, 0)
         shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability", "blur_probability")
-        is_right = {
-            "scale": 0 < self.scale[0] <= self.scale[1] <= 1,
-            "ratio": 0 < self.ratio[0] <= self.ratio[1] < math.inf,
-            "zoom": 0 < self.zoom[0] <= self.zoom[1] < math.inf,
-            "blur": 0 <= self.blur[0] <= self.blur[1] < math.inf,
-            "rotation": 0 <= self.rotation <= 180,
-            "shear": 0 <= self.shear < 90,
-            "fill": 0 <= self.fill <= 255,
-            "color_jitter": len(jitter) == 4 and 0 <= min(jitter) and max(jitter[:3]) <= 1 and jitter[3] <= 0.5,
-            **{name: 0 <= getattr(self, name) <= 1 for name in shares},
+        is_jitter = len(jitter) == 4 and 0 <= min(jitter) and max(jitter[:3]) <= 1 and jitter[3] <= 0.5
+        are_right = {
+            "scale": (0 < self.scale[0] <= self.scale[1] <= 1, "a range above 0, up to 1"),
+            "ratio": (0 < self.ratio[0] <= self.ratio[1] < math.inf, "a range above 0"),
+            "zoom": (0 < self.zoom[0] <= self.zoom[1] < math.inf, "a range above 0"),
+            "blur": (0 <= self.blur[0] <= self.blur[1] < math.inf, "a range from 0 on"),
+            "rotation": (0 <= self.rotation <= 180, "from 0 to 180"),
+            "shear": (0 <= self.shear < 90, "from 0 to below 90"),
+            "fill": (0 <= self.fill <= 255, "from 0 to 255"),
+            "color_jitter": (is_jitter, "three numbers from 0 to 1 and one from 0 to 0.5, or null"),
+            **{name: (0 <= getattr(self, name) <= 1, "from 0 to 1") for name in shares},
         }
-        for name, right in is_right.items():
-            if not right:
-                raise UserError(f"data.augmentation.{name}={getattr(self, name)} is out of range")
+        for name, (is_right, limit) in are_right.items():
+            if not is_right:
+                raise UserError(f"data.augmentation.{name}={getattr(self, name)}: must be {limit}")
 
     @property
     def is_random(self) -> bool:
