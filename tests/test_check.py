@@ -146,6 +146,11 @@ def test_finds_what_is_wrong_with_data(check: Callable, tmp_path: Path) -> None:
     assert "data.equal_captions" not in found(same, "warn", "loss.duplicates=mask")
     long = write_pairs(tmp_path / "long", txt=b"word " * 40)
     assert re.search(r"data.captions: 42 tokens \(median\), 100% more than the 24 of the model", found(long, "warn"))
+    wrong = write_pairs(tmp_path / "wrong", json=b'{"others": ["no picture"]}')
+    none = found(wrong, "warn", "data.hard_negatives=other")
+    assert "data.hard_negatives: 0 of 40 samples have other in their .json, so that there are no hard" in none
+    assert "data.hard_negatives: 40 of 40 samples" in found(wrong, "ok", "data.hard_negatives=others")
+    assert "data.equal_captions" not in none  # what is absent is not equal
     content = io.BytesIO()
     Image.new("RGB", (20, 20), "red").save(content, "PNG")
     small = write_pairs(tmp_path / "small", webp=None, png=content.getvalue())

@@ -37,6 +37,7 @@ class Probe:
     examples: dict[str, str] = field(default_factory=dict)  # of each cause
     sides: list[int] = field(default_factory=list)  # the shorter one of each picture, pixels
     captions: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)  # one of each sample that has hard negatives
     pictures: Counter[bytes] = field(default_factory=Counter)  # by hash
     has_jpeg: bool = False
 
@@ -58,6 +59,7 @@ def probe_data(data: ImageTextData) -> Probe:
             members = data.store.read(shard, int(places.sample[row]))
             look_at(members, probe, data.max_pixels)
             example = data.decoder.decode(members, position)
+            probe.negatives += filter(None, [example.captions.pop("negative_text", "")])
             probe.captions += example.captions.values()
         except Fault as fault:
             probe.faults[fault.cause] += 1
@@ -84,6 +86,7 @@ def check_probe(probe: Probe, data: ImageTextData, tokenize: Tokenize, duplicate
     check_faults(probe, data.max_bad_fraction, min(WINDOW, data.num_steps * data.batch_size), findings)
     check_pictures(probe, data, findings)
     check_captions(probe, tokenize, findings)
+    check_negatives(probe, data.content.captions.hard_negatives, findings)
     check_duplicates(probe, data, duplicates, findings)
 
 
@@ -130,7 +133,7 @@ def check_captions(probe: Probe, tokenize: Tokenize, findings: Findings) -> None
     if not probe.captions:
         return
     context = tokenize([""]).shape[1]
-    lengths = count_tokens(tokenize, probe.captions)
+    lengths = count_tokens(tokenize, [*probe.captions, *probe.negatives])
     cut = sum(length > context for length in lengths) / len(lengths)
     text = f"{statistics.median(lengths):.0f} tokens (median), {cut:.0%} more than the {context} of the model"
     if cut > CUT:
@@ -139,6 +142,17 @@ def check_captions(probe: Probe, tokenize: Tokenize, findings: Findings) -> None
         )
     else:
         findings.ok("data.captions", text)
+
+
+def check_negatives(probe: Probe, key: str | None, findings: Findings) -> None:
+    """Count the samples that have hard negatives, if a run takes any."""
+    if key is None:
+        return
+    text = f"{len(probe.negatives):,} of {probe.samples:,} samples have {key} in their .json"
+    if probe.negatives:
+        findings.ok("data.hard_negatives", text)
+    else:
+        findings.warn("data.hard_negatives", f"{text}, so that there are no hard negatives: see data.hard_negatives")
 
 
 def check_duplicates(probe: Probe, data: ImageTextData, duplicates: str, findings: Findings) -> None:
