@@ -33,7 +33,7 @@ def check_values(key: str, values: Mapping[str, Any], known: Collection[str], hi
             if isinstance(value, Mapping) and typing.get_origin(hint) is dict:  # which of its values, is told
                 check_values(f"{key}.{name}", value, value.keys(), dict.fromkeys(value, typing.get_args(hint)[1]))
             if choices := read_choices(hint):
-                check_choice(f"{key}.{name}", value, choices)
+                check_choice(f"{key}.{name}", value, (*choices, *([None] if matches(None, hint) else [])))
             raise UserError(f"{key}.{name}={value!r} has the wrong type: expected {describe(hint)}")
         for one in limits:
             one.check(f"{key}.{name}", value, hint)

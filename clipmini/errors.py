@@ -34,12 +34,13 @@ def tell_choices(word: object, choices: Iterable[str]) -> str:
     return f"{did_you_mean(str(word), known)}; {which}"
 
 
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """See that a value is one of a short list.
+def check_choice(key: str, value: object, choices: Iterable[str | None]) -> None:
+    """See that a value is one of a short list, in which None is null.
 
     Raises:
         UserError: it is none.
     """
     known = list(choices)
     if value not in known:
-        raise UserError(f"{key}={value}: is one of {', '.join(known)}{did_you_mean(str(value), known)}")
+        names = ["null" if choice is None else choice for choice in known]
+        raise UserError(f"{key}={value}: is one of {', '.join(names)}{did_you_mean(str(value), names)}")

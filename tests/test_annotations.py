@@ -75,7 +75,7 @@ HINTS = {
     [
         ({"size": 0}, "^a.size=0: must be 1 or more, or null$"),
         ({"size": "x"}, r"^a.size='x' has the wrong type: expected int \| None$"),
-        ({"kind": "ONE"}, r"^a.kind=ONE: is one of one, two \(did you mean 'one'\?\)$"),
+        ({"kind": "ONE"}, r"^a.kind=ONE: is one of one, two, null \(did you mean 'one'\?\)$"),
         ({"shares": {"b": 1, "c": "x"}}, "^a.shares.c='x' has the wrong type: expected float$"),
         ({"sise": 1}, r"^unknown key a.sise \(did you mean 'size'\?\)$"),
     ],

@@ -131,8 +131,7 @@ def check_settings(settings: Settings, num_workers: int | None) -> None:
         check_number("resize", settings.resize, or_null=" or null")
     if num_workers is not None:
         check_number("num_workers", num_workers, or_null=" or null")
-    if settings.format is not None:
-        check_choice("format", settings.format, FORMATS)
+    check_choice("format", settings.format, (*FORMATS, None))
 
 
 def check_number(key: str, value: object, *, most: int | None = None, or_null: str = "") -> None:
