@@ -1,4 +1,4 @@
-"""Loggers that go on where a resumed run does: metrics in a CSV file, and in one run of MLflow."""
+"""Loggers that go on where a resumed run does: metrics in a CSV file, and in one run of MLflow or of W&B."""
 
 import csv
 import importlib.util
@@ -6,11 +6,13 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from clipmini.errors import UserError
@@ -213,3 +215,35 @@ def make_client(tracking_uri: str, *, telemetry: bool) -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would tell of each table that it makes
     return MlflowClient(tracking_uri)
+
+
+class WandbRun(WandbLogger):
+    """Lightning's logger of W&B, in the same run of W&B when this one goes on.
+
+    By the name of a run all runs of a sweep would be one, and those of others in the project too.
+
+    Args:
+        id_file: in the run's directory, which is its identity: the id of W&B's run, a random one at first.
+        options: of Lightning's own.
+    """
+
+    def __init__(self, *, id_file: str, **options: Any) -> None:
+        self.id_file = Path(id_file)
+        kept = self.id_file.read_text(encoding="utf-8").strip() if self.id_file.exists() else uuid.uuid4().hex
+        super().__init__(**{"id": kept, **options})
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run; its id is written down before anything is sent to it."""
+        if not self.id_file.exists():
+            write_atomically(self.id_file, f"{self.version}\n".encode())
+        return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End W&B's run with this one: the next of a sweep in this process would go on in it."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None

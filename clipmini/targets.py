@@ -26,6 +26,7 @@ PACKAGES = {
     "pytorch_lightning.loggers.WandbLogger": "wandb",
     "pytorch_lightning.loggers.MLFlowLogger": "mlflow",
     "clipmini.loggers.MlflowRun": "mlflow",
+    "clipmini.loggers.WandbRun": "wandb",
 }
 
 

@@ -230,3 +230,28 @@ def test_mlflow_itself(tiny_json: Path, shards: Path, tmp_path: Path, monkeypatc
     assert b"CANARY" not in (tmp_path / "outputs/x/mlflow.db").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"home", "outputs"}  # no mlruns
     assert not (tmp_path / "home/.config").exists()  # where MLflow's telemetry keeps an id
+
+
+# W&B
+
+
+def test_wandb_itself(shards: Path, tmp_path: Path) -> None:
+    given = ["train", *QUICK, "model=vit_tiny", "logger=wandb", "logger.wandb.offline=true", f"data.train={shards}"]
+    for name, steps in (("a/b", 2), ("a/b", 4), ("c", 2)):
+        result = run_forked([*given, f"name={name}", f"steps={steps}"], tmp_path)
+        assert result.returncode == 0, result.stderr
+    ids = [(tmp_path / "outputs" / name / "wandb_run_id.txt").read_text().strip() for name in ("a/b", "c")]
+    assert ids[0] != ids[1]
+    for run_id, name, count in zip(ids, ("a/b", "c"), (2, 1), strict=True):
+        runs = list((tmp_path / "outputs" / name / "wandb").glob("offline-run-*"))
+        assert len(runs) == count and all(run.name.endswith(f"-{run_id}") for run in runs)
+
+
+def test_the_next_run_of_a_process_is_another_one_of_wandb(shards: Path, tmp_path: Path) -> None:
+    given = ["train", "--multirun", *QUICK, "model=vit_tiny", "logger=wandb", "logger.wandb.offline=true", "steps=2"]
+    result = run_forked([*given, f"data.train={shards}", "name=sweep", "seed=0,1"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    for number in "01":
+        run = tmp_path / "outputs/sweep" / number
+        (made,) = (run / "wandb").glob("offline-run-*")
+        assert made.name.endswith("-" + (run / "wandb_run_id.txt").read_text().strip())
