@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from clipmini.annotations import Limits
 from clipmini.data.captions import SAME, Captions
 from clipmini.data.decode import VIEWS
 from clipmini.data.index import IMAGE_EXTENSIONS, PairFormat
@@ -77,7 +78,7 @@ def count_views(terms: Collection[str], all_views: bool, extra_views: int | None
     Raises:
         UserError: some would be compared with nothing, or there are not enough.
     """
-    check_range("extra_views", extra_views, 0, len(VIEWS) - 1)
+    Limits(least=0, most=len(VIEWS) - 1).check("data.extra_views", extra_views, int | None)
     compared = "image_image" in terms
     alone = not any(needs([name], "image") for name in terms if name != "image_image")
     extra = (1 if compared else 0) if extra_views is None else extra_views
@@ -117,14 +118,3 @@ def check_captions(terms: Collection[str], all_views: bool, captions: Captions) 
         raise UserError(
             f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
         )
-
-
-def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Refuse a value out of its range.
-
-    Raises:
-        UserError: it is.
-    """
-    if value is not None and not low <= value <= high:
-        limit = f"from {low:g} to {high:.10g}" if high < float("inf") else f"{low:g} or more"
-        raise UserError(f"data.{name}={value}: must be {limit}, or null where it may be")

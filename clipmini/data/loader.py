@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from clipmini.annotations import Limits
 from clipmini.data.augment import Augmentation
 from clipmini.data.cache import ShardCache
-from clipmini.data.content import Content, check_range
+from clipmini.data.content import Content
 from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Decoder
 from clipmini.data.features import FeatureStore, TeacherFeatures
@@ -234,12 +235,8 @@ class ImageTextData(pl.LightningDataModule):
         cached_features: bool,
     ) -> None:
         super().__init__()
-        check_range("num_workers", num_workers, 0)
-        check_range("prefetch_factor", prefetch_factor, 1)
-        check_range("max_member_bytes", max_member_bytes, 1)
-        check_range("max_pixels", max_pixels, 1, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own limit
-        check_range("max_bad_fraction", max_bad_fraction, 0, 1)
-        check_range("timeout", timeout, 0.1)
+        check_workers(num_workers, prefetch_factor, timeout)
+        check_data_limits(max_member_bytes, max_pixels, max_bad_fraction)
         self.content = Content.choose(terms, all_views, caption_key, second_caption_key, hard_negatives, extra_views)
         self.store = ShardStore(self.content.pair_format, cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
@@ -369,3 +366,26 @@ def check_same_each_time(augmentation: Augmentation, content: Content) -> None:
             "data.cached_features=true: a picture would have other features each time: set data.augmentation to "
             "what is the same (scale=[1.0,1.0], ratio=[1.0,1.0] and nothing else), without further views"
         )
+
+
+def check_workers(num_workers: int | None, prefetch_factor: int, timeout: float) -> None:
+    """See that loader processes can work so.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+    Limits(least=0).check("data.num_workers", num_workers, int | None)
+    Limits(least=1).check("data.prefetch_factor", prefetch_factor)
+    Limits(least=0.1).check("data.timeout", timeout)
+
+
+def check_data_limits(max_member_bytes: int, max_pixels: int, max_bad_fraction: float) -> None:
+    """See that what is refused, and how much of it, can be meant.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+    Limits(least=1).check("data.max_member_bytes", max_member_bytes)
+    most = 2 * (Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow's own limit
+    Limits(least=1, most=most).check("data.max_pixels", max_pixels)
+    Limits(least=0, most=1).check("data.max_bad_fraction", max_bad_fraction)
