@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def left_over(directory: Path) -> list[str]:
     return [path.name for path in (directory / "shards").iterdir() if path.suffix != ".tar"]
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pause 0.5, 1, 2 seconds between tries, so that the last try in 3 seconds has half of them on a busy machine."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+
+
 @pytest.mark.parametrize(
     "faults", [["refuse", "refuse"], ["half"], ["short"], ["html"], ["stall"], ["slow"]], ids=lambda faults: faults[0]
 )
@@ -48,15 +55,17 @@ def test_passing_faults_are_waited_out(faults: list[str], server: Server, shards
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("refuse", r"a\.tar: ClientResponseError: 503.*tried . times \(data.cache.fetch_timeout=1.5 seconds\)"),
+        ("refuse", r"a\.tar: ClientResponseError: 503.*tried . times \(data.cache.fetch_timeout=3 seconds\)"),
         ("half", r"a\.tar: ClientPayloadError: .*tried . times"),
         ("short", r"a\.tar: WrongContent: .* bytes came of .*; tried . times"),
         ("html", r"a\.tar: WrongContent: this is no tar, it begins with b'<html>.*; tried . times"),
         ("stall", r"a\.tar: Stalled: (no byte for 0.3 seconds|only 128000 bytes came in time) .*; tried . times"),
     ],
 )
-def test_lasting_faults_end_in_one_message(fault: str, message: str, server: Server, tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, fetch_timeout=1.5, stall_timeout=0.3)
+def test_lasting_faults_end_in_one_message(
+    fault: str, message: str, server: Server, tmp_path: Path, short_pauses: None
+) -> None:
+    cache = make_cache(tmp_path, fetch_timeout=3.0, stall_timeout=0.3 if fault == "stall" else 60.0)
     shard = shard_of(server, "a.tar", cache)
     server.faults["a.tar"] = [fault] * 50
     with pytest.raises(UserError, match=message) as caught:
@@ -297,8 +306,8 @@ def test_pipes_are_fetched_like_all_else(shards: Path, tmp_path: Path) -> None:
         ("sleep 60", r"Stalled: (no byte for 0.3 seconds|only 0 bytes came in time)"),
     ],
 )
-def test_pipes_that_fail_are_told(command: str, message: str, shards: Path, tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, fetch_timeout=1.0, stall_timeout=0.3)
+def test_pipes_that_fail_are_told(command: str, message: str, shards: Path, tmp_path: Path, short_pauses: None) -> None:
+    cache = make_cache(tmp_path, fetch_timeout=3.0, stall_timeout=0.3 if "sleep" in command else 60.0)
     with pytest.raises(UserError, match=message):
         cache.fetch(Shard(f"pipe:{command.format(shards=shards)}", -1))
     assert not left_over(tmp_path)

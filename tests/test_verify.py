@@ -128,7 +128,7 @@ def test_shards_of_a_server(shards: Path, tmp_path: Path) -> None:
     with serve(shards) as server:
         server.faults["b.tar"] = ["html"] * 9
         remote = [Shard(f"{server.url}/{name}.tar", -1) for name in "abx"]
-        found = list(find_defects(remote, RULES, make_cache(tmp_path, fetch_timeout=3.0), num_workers=1))
+        found = list(find_defects(remote, RULES, make_cache(tmp_path), num_workers=1))
     assert [(defect.shard[-5:], defect.cause) for defect in found] == [
         ("b.tar", "missing_shard"),
         ("x.tar", "missing_shard"),

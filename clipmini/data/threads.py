@@ -87,7 +87,7 @@ def watch(target: Path, task: Task, *, stall_timeout: float, deadline: float, ke
             raise Stalled(f"no byte for {stall_timeout:g} seconds ({key}.stall_timeout)")
         if now > deadline:
             task.stop()
-            raise Stalled(f"only {size} bytes came in time ({key}.fetch_timeout)")
+            raise Stalled(f"only {max(size, 0)} bytes came in time ({key}.fetch_timeout)")
     task.result()
 
 
