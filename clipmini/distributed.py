@@ -175,8 +175,10 @@ def set_timeout(seconds: float) -> None:
     global _timeout
     _timeout = seconds
     if is_distributed():
+        # Older torch has it under a private name only, which newer torch warns of.
+        set_timeout_of = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         for group in {dist.group.WORLD, _cpu_group(dist.group.WORLD)}:
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            set_timeout_of(datetime.timedelta(seconds=seconds), group)
 
 
 def reset_timeout() -> None:
