@@ -70,10 +70,12 @@ class Limits:
 
     def __str__(self) -> str:
         is_open = self.above > -math.inf
-        if math.isinf(self.most) and math.isinf(self.below):
-            return f"above {self.above}" if is_open else f"{self.least} or more"
-        high = f"below {self.below}" if self.below < math.inf else f"{self.most}"
-        return f"above {self.above}, up to {high}" if is_open else f"from {self.least} to {high}"
+        low = f"above {self.above}" if is_open else f"from {self.least}"
+        if self.below < math.inf:
+            return f"{low} {'and' if is_open else 'to'} below {self.below}"
+        if self.most < math.inf:
+            return f"{low}{', up' if is_open else ''} to {self.most}"
+        return low if is_open else f"{self.least} or more"
 
 
 def check_schema(values: Mapping[str, Any], schema: type, key: str = "") -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from clipmini import distributed
-from clipmini.errors import UserError, check_choice
+from clipmini.annotations import Limits
+from clipmini.errors import check_choice
 
 Weights = Literal["trained", "average"]
 AVERAGE, UPDATES = "average", "average_updates"  # keys of a checkpoint: tensors by name of parameter, and a number
@@ -29,8 +30,7 @@ class WeightAverage:
     """
 
     def __init__(self, *, decay: float, warmup: bool) -> None:
-        if not 0 < decay < 1:
-            raise UserError(f"ema.decay={decay}: must be above 0 and below 1, or null for no average of weights")
+        Limits(above=0, below=1).check("ema.decay", decay, float | None)
         self.decay = decay
         self.warmup = warmup
         self.averages: dict[str, Tensor] = {}  # by name of parameter

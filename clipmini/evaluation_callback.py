@@ -66,8 +66,6 @@ class Evaluation(Callback):
         best: Path,
         weights: Weights,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"evaluation.every_n_steps={every_n_steps}: must be 1 or more, or null")
         if best_metric in VALIDATION and held_out is None:
             raise UserError(f"evaluation.best_metric={best_metric}: is measured on held-out pairs: set data.val")
         if best_metric is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clipmini import distributed
+from clipmini.annotations import Limits
 from clipmini.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ class Guard:
     """
 
     def __init__(self, *, batch_size: int, max_in_a_row: int, skip_spikes: bool, window: int, sigmas: float) -> None:
-        if max_in_a_row < 1:
-            raise UserError(f"bad_steps.max_in_a_row={max_in_a_row}: must be 1 or more")
+        Limits(least=1).check("bad_steps.max_in_a_row", max_in_a_row)
         self.batch_size = batch_size
         self.max_in_a_row = max_in_a_row
         self.spikes = Spikes(window=window, sigmas=sigmas) if skip_spikes else None

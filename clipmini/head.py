@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipmini.errors import UserError
+from clipmini.annotations import Limits
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 0), ("hidden_width", 1), ("width", 1)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"loss.head.{name}={value}: must be {least} or more")
+            Limits(least).check(f"loss.head.{name}", getattr(self, name))
 
     def make(self, width: int) -> nn.Module | None:
         """Make the perceptron for features of a width, or None."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from clipmini.annotations import Limits
 from clipmini.errors import UserError, tell_choices
 from clipmini.one_tower import Model, check_has
 from clipmini.towers import Kind, list_names
@@ -57,10 +58,8 @@ def add_lora(model: Model, *, rank: int, alpha: float, image: Sequence[str] | No
     Raises:
         UserError: a rank or alpha out of range, or a name that is none of a layer.
     """
-    if rank < 0:
-        raise UserError(f"lora.rank={rank}: must be 1 or more, or 0 for none")
-    if not 0 < alpha < math.inf:
-        raise UserError(f"lora.alpha={alpha:g}: must be above 0")
+    Limits(least=0).check("lora.rank", rank)
+    Limits(above=0).check("lora.alpha", alpha)
     kinds: tuple[tuple[Kind, Sequence[str] | None], ...] = (("image", image), ("text", text))
     for kind, ends in kinds:
         if rank and (ends is None or len(ends)):

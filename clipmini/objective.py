@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from clipmini.annotations import Limits
 from clipmini.data.content import TEACHER, TERMS, needs
 from clipmini.data.decode import VIEWS
 from clipmini.distillation import feature_distance, similarity_distillation
@@ -15,7 +16,7 @@ from clipmini.head import HeadOptions, Projection
 from clipmini.losses import info_nce, siglip
 from clipmini.nt_xent import nt_xent
 from clipmini.one_tower import Towers
-from clipmini.tiles import Duplicates, check_block_size
+from clipmini.tiles import Duplicates
 
 TEXTS = ("text", "text_2")  # captions of a picture
 TEMPERATURES = ("image_image", "text_text", "image_text_teacher")  # terms that may have one of their own
@@ -66,7 +67,7 @@ class ContrastiveLoss(nn.Module):
             raise UserError(f"loss.init_scale={init_scale:g}: must be from 1 to loss.max_scale={max_scale:g}")
         if (init_bias is None) != (kind == "infonce"):
             raise UserError(f"loss.init_bias={init_bias}: must be a number with siglip, and null with infonce")
-        check_block_size(block_size)
+        Limits(least=1).check("loss.block_size", block_size, int | None)
         self.terms = check_terms(terms)
         check_temperatures(temperatures, kind)
         self.kind = kind

@@ -96,16 +96,16 @@ class EvaluationConfig:
     """What a model is judged by while it trains, and at the end."""
 
     datasets: list[Any] = field(default_factory=list)
-    batch_size: int = MISSING
+    batch_size: int = limited(least=1)
     precision: str = MISSING
     probes: list[str] = MISSING
     probe_features: str = MISSING
-    knn_k: int = MISSING
-    knn_temperature: float = MISSING
-    l2: float | None = MISSING
-    bootstrap_resamples: int = MISSING
+    knn_k: int = limited(least=1)
+    knn_temperature: float = limited(above=0)
+    l2: float | None = limited(least=0)
+    bootstrap_resamples: int = limited(least=0)
     at_start: bool = MISSING
-    every_n_steps: int | None = MISSING
+    every_n_steps: int | None = limited(least=1)
     best_metric: str | None = MISSING
     weights: str = MISSING
 
@@ -165,17 +165,17 @@ class EvaluateConfig:
     datasets: list[Any] = MISSING
     output: str = MISSING
     again: bool = MISSING
-    batch_size: int = MISSING
-    num_workers: int | None = MISSING
+    batch_size: int = limited(least=1)
+    num_workers: int | None = limited(least=0)
     precision: str = MISSING
     device: str = MISSING
     probes: list[str] = MISSING
     probe_features: str = MISSING
-    knn_k: int = MISSING
-    knn_temperature: float = MISSING
-    l2: float | None = MISSING
-    bootstrap_resamples: int = MISSING
-    seed: int = MISSING
+    knn_k: int = limited(least=1)
+    knn_temperature: float = limited(above=0)
+    l2: float | None = limited(least=0)
+    bootstrap_resamples: int = limited(least=0)
+    seed: int = limited(least=0, most=2**32 - 1)
     shuffled: bool = MISSING
     details: str | None = MISSING
     details_format: str = MISSING
@@ -285,18 +285,18 @@ class LeaksConfig:
     eval: Any = MISSING
     output: str = MISSING
     details: str | None = MISSING
-    max_shown: int = MISSING
-    max_distance: int = MISSING
-    min_correlation: float = MISSING
+    max_shown: int = limited(least=0, most=10_000)
+    max_distance: int = limited(least=0, most=31)  # of 64 bits: half of them differ by chance
+    min_correlation: float = limited(least=0.5, most=1)
     model: str | None = MISSING
     architecture: str | None = MISSING
     weights: str = MISSING
-    min_cosine: float = MISSING
+    min_cosine: float = limited(least=0, most=1)
     precision: str = MISSING
     device: str = MISSING
-    num_workers: int | None = MISSING
-    max_member_bytes: int = MISSING
-    max_pixels: int = MISSING
+    num_workers: int | None = limited(least=0)
+    max_member_bytes: int = limited(least=1)
+    max_pixels: int = limited(least=1)
     allow_pipe: bool = MISSING
     cache: CacheConfig = field(default_factory=CacheConfig)
 

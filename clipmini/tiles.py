@@ -13,7 +13,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from clipmini.errors import UserError
+from clipmini.annotations import Limits
 
 Duplicates: TypeAlias = Literal["ignore", "mask", "share"]
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of the two tiles together: what caches hold, what makes launches few
@@ -118,7 +118,7 @@ class Tiles:
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, scale: Tensor, labels: Hides, block_size: int | None) -> None:
-        check_block_size(block_size)
+        Limits(least=1).check("loss.block_size", block_size, int | None)
         self.rows = rows
         # Half precision is multiplied as it is and summed in fp32 where torch can do that (CUDA, torch 2.8 and newer).
         is_half = rows.dtype in (torch.bfloat16, torch.float16)
@@ -166,16 +166,6 @@ class Tiles:
             torch.mm(weights, self.columns, out=d_rows[rows])
             d_columns.addmm_(weights.T, widen(features))
         return (d_rows[rows] * features).sum()
-
-
-def check_block_size(block_size: int | None) -> None:
-    """See that a tile has rows.
-
-    Raises:
-        UserError: it has none.
-    """
-    if block_size is not None and block_size < 1:
-        raise UserError(f"loss.block_size={block_size}: must be 1 or more, or null")
 
 
 def widen(features: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipmini.annotations import Limits
 from clipmini.errors import UserError
 from clipmini.one_tower import check_has, towers_of
 
@@ -189,8 +190,7 @@ def decay_learning_rates(model: CLIP | CustomTextCLIP, decays: Mapping[Kind, flo
     """
     shares: dict[str, float] = {}
     for kind, decay in decays.items():
-        if not 0 < decay <= 1:
-            raise UserError(f"layer_decay.{kind}={decay}: must be above 0 and at most 1")
+        Limits(above=0, most=1).check(f"layer_decay.{kind}", decay)
         if decay < 1:
             check_has(model, kind, f"layer_decay.{kind}={decay}")
             _, head = list_names(model, kind)

@@ -51,6 +51,7 @@ def test_matches(value: Any, hint: Any, expected: bool) -> None:
         (Limits(least=0, most=5), (0, 5), (-1, 6), "from 0 to 5"),
         (Limits(least=0, below=1), (0, 0.99), (1, -0.1), "from 0 to below 1"),
         (Limits(above=0, most=5), (1, 5), (0, 6), "above 0, up to 5"),
+        (Limits(above=0, below=1), (0.01, 0.99), (0, 1), "above 0 and below 1"),
     ],
 )
 def test_limits(limits: Limits, right: tuple, wrong: tuple, words: str) -> None:

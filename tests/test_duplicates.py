@@ -11,10 +11,10 @@ from conftest import read_sample
 from PIL import Image
 
 from clipmini.shards import duplicates
-from clipmini.shards.duplicates import Known, Limits, find_duplicates, find_nearby
+from clipmini.shards.duplicates import Known, Threshold, find_duplicates, find_nearby
 from clipmini.shards.signature import VIEWS, Signatures, sign, squeeze
 
-LIMITS = Limits(max_distance=12, min_correlation=0.965)  # those of conf/commands/leaks.yaml
+THRESHOLD = Threshold(max_distance=12, min_correlation=0.965)  # those of conf/commands/leaks.yaml
 TRAIN = [f"{style}-0000{number}.tar" for style in ("noto", "fluent") for number in range(4)]
 EVAL = "wds_twemoji/test/0.tar"
 
@@ -122,7 +122,7 @@ def test_changed_pictures_are_found(kind: str, training: list[bytes], signed: Si
     chosen = list(range(0, len(training), len(training) // 60))
     changed = sign_all([change(training[number], kind) for number in chosen])
     for known, others, is_known in ((as_known(changed), signed, True), (as_known(signed), changed, False)):
-        matches = list(find_duplicates(others, known, LIMITS))  # whichever of both was changed
+        matches = list(find_duplicates(others, known, THRESHOLD))  # whichever of both was changed
         places = {(match.row, match.column) if is_known else (match.column, match.row) for match in matches}
         found = sum((number, place) in places for place, number in enumerate(chosen))
         assert found >= KINDS[kind][2] * len(chosen), kind
@@ -131,36 +131,36 @@ def test_changed_pictures_are_found(kind: str, training: list[bytes], signed: Si
 def test_little_else_is_found(training: list[bytes], signed: Signatures) -> None:
     """The same emoji in another style is no duplicate. Of all training pictures it is 7 of 1,610, 0.43 %."""
     other = sign_all([sample["webp"] for sample in read_sample(EVAL, 1610)])
-    matches = list(find_duplicates(signed, as_known(other), LIMITS))
+    matches = list(find_duplicates(signed, as_known(other), THRESHOLD))
     assert len({match.column for match in matches}) <= 0.01 * 1610
     # It is the thumbnails that tell them apart: by the bits alone many are alike.
-    by_bits = find_duplicates(signed, as_known(other), Limits(LIMITS.max_distance, -1.0))
+    by_bits = find_duplicates(signed, as_known(other), Threshold(THRESHOLD.max_distance, -1.0))
     assert len({match.column for match in by_bits}) > 0.1 * 1610
 
 
 def test_chunks_find_what_all_pairs_show(signed: Signatures, monkeypatch: pytest.MonkeyPatch) -> None:
     part = Signatures(*(array[:150] for array in (signed.bits, signed.thumbnails, signed.is_plain)))
     known = as_known(Signatures(*(array[60:200] for array in (signed.bits, signed.thumbnails, signed.is_plain))))
-    limits = Limits(20, 0.8)
+    threshold = Threshold(20, 0.8)
     expected: dict[tuple[int, int], tuple[float, int]] = {}
     for row in range(150):
         for column in range(140):
             for one, other in [(0, view) for view in range(len(VIEWS))] + [(view, 0) for view in range(1, len(VIEWS))]:
                 distance = int(np.unpackbits(part.bits[row, one] ^ known.bits[column, other]).sum())
-                if distance <= limits.max_distance:
+                if distance <= threshold.max_distance:
                     both = [
                         pixels.astype(np.float64) - pixels.mean((1, 2), keepdims=True)
                         for pixels in (part.thumbnails[row, one], known.thumbnails[column, other])
                     ]
                     correlation = (both[0] * both[1]).sum() / np.sqrt((both[0] ** 2).sum() * (both[1] ** 2).sum())
-                    if correlation >= limits.min_correlation:
+                    if correlation >= threshold.min_correlation:
                         found = (correlation, -distance)
                         expected[row, column] = max(expected.get((row, column), found), found)
     assert len(expected) > 100 and all((60 + number, number) in expected for number in range(90))
     for chunk, confirmed in ((512, 4096), (7, 5)):
         monkeypatch.setattr(duplicates, "CHUNK", chunk)
         monkeypatch.setattr(duplicates, "CONFIRMED", confirmed)
-        matches = {match[:2]: match for match in find_duplicates(part, known, limits)}
+        matches = {match[:2]: match for match in find_duplicates(part, known, threshold)}
         assert matches.keys() == expected.keys()
         for place, (correlation, distance) in expected.items():
             assert matches[place].correlation == pytest.approx(correlation, abs=1e-5)

@@ -124,8 +124,8 @@ def test_results_of_steps_that_are_done_again_are_replaced(
         (["evaluation.every_n_steps=0"], r"evaluation.every_n_steps=0: must be 1 or more, or null"),
         (["evaluation.best_metric=val/loss"], "best_metric=val/loss: is measured on held-out pairs: set data.val"),
         (["evaluation.precision=fp8"], r"precision=fp8: is one of fp32, bf16, fp16"),
-        (["evaluation.batch_size=0"], r"batch_size=0: must be 1 or more"),
-        (["evaluation.bootstrap_resamples=-1"], r"bootstrap_resamples=-1: must be 0 or more"),
+        (["evaluation.batch_size=0"], r"evaluation.batch_size=0: must be 1 or more"),
+        (["evaluation.bootstrap_resamples=-1"], r"evaluation.bootstrap_resamples=-1: must be 0 or more"),
         (["evaluation.datasets=[{pth:a}]"], r"unknown key evaluation.datasets\[0\].pth \(did you mean 'path'"),
         (["data.val=${data.train}/a.tar"], r"data.val: .*a.tar is a shard of data.train too"),
         (["data.val=nowhere"], r"data.val=nowhere: no shards found"),
@@ -136,7 +136,7 @@ def test_wrong_values(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(compose, tiny_json, shards, tmp_path / "run", *overrides)
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"train.log"}
+    assert {path.name for path in (tmp_path / "run").glob("*")} <= {"train.log"}
 
 
 # The validation loss

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 import clipmini
 from clipmini import distributed
+from clipmini.annotations import Limits
 from clipmini.checkpoints import disk
 from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals, slurm
@@ -56,15 +57,12 @@ class SaveCheckpoints(Callback):
         check_every_seconds: float,
         requeue: bool,
     ) -> None:
-        check_limits(
-            every_n_steps=(every_n_steps, 1),
-            every_n_minutes=(every_n_minutes, 0.01),
-            every_n_samples=(every_n_samples, 1),
-            keep_last=(keep_last, 2),
-            keep_every_n_steps=(keep_every_n_steps, 1),
-            max_failures=(max_failures, 1),
-            check_every_seconds=(check_every_seconds, 0),
-        )
+        Limits(least=1).check("checkpoint.every_n_steps", every_n_steps)
+        Limits(least=0.01).check("checkpoint.every_n_minutes", every_n_minutes, float | None)
+        Limits(least=1).check("checkpoint.every_n_samples", every_n_samples, int | None)
+        Limits(least=2).check("checkpoint.keep_last", keep_last)
+        Limits(least=1).check("checkpoint.keep_every_n_steps", keep_every_n_steps, int | None)
+        Limits(least=1).check("checkpoint.max_failures", max_failures)
         self.directory = Path(directory)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
@@ -228,17 +226,6 @@ class SaveCheckpoints(Callback):
         if hasattr(self, "writer"):
             self.writer.hurry()
             self.writer.wait()  # what is being written is good
-
-
-def check_limits(**values: tuple[float | None, float]) -> None:
-    """Refuse values below their limits.
-
-    Raises:
-        UserError: there is one.
-    """
-    for name, (value, limit) in values.items():
-        if value is not None and value < limit:
-            raise UserError(f"checkpoint.{name}={value}: must be {limit} or more")
 
 
 def get_random_state() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipmini.annotations import Limits
 from clipmini.data.draws import Purpose, permutation
 from clipmini.data.manifest import Manifest
 from clipmini.errors import UserError
@@ -124,10 +125,8 @@ class Plan:
     """
 
     def __init__(self, manifest: Manifest, *, seed: int, shuffle_streams: int, shuffle_block: int) -> None:
-        if shuffle_streams < 1 or shuffle_block < 1:
-            raise UserError(
-                f"data.shuffle_streams={shuffle_streams}, data.shuffle_block={shuffle_block}: must be 1 or more"
-            )
+        Limits(least=1).check("data.shuffle_streams", shuffle_streams)
+        Limits(least=1).check("data.shuffle_block", shuffle_block)
         self.seed = seed
         self.shuffle_streams = shuffle_streams
         self.shuffle_block = shuffle_block

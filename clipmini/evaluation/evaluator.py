@@ -54,10 +54,6 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         check_protocol(self.protocol)
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size}: must be 1 or more")
-        if self.num_workers < 0:
-            raise UserError(f"num_workers={self.num_workers}: must be 0 or more, or null")
         check_precision(self.precision)
 
     def encoder(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmini.errors import UserError, check_choice
+from clipmini.errors import check_choice
 from clipmini.evaluation import metrics
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.encoder import EncodedPictures, Encoder
@@ -238,7 +238,7 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
 
 
 def check_protocol(protocol: Protocol) -> None:
-    """See that the probes are known, and all numbers can work.
+    """See that the probes and their features are known.
 
     Raises:
         UserError: they are not.
@@ -246,14 +246,6 @@ def check_protocol(protocol: Protocol) -> None:
     for name in protocol.probes:
         check_choice("probes", name, PROBES)
     check_choice("probe_features", protocol.probe_features, ("embedding", "before_projection"))
-    if protocol.knn_k < 1 or protocol.knn_temperature <= 0:
-        raise UserError(f"knn_k={protocol.knn_k}, knn_temperature={protocol.knn_temperature}: must be above 0")
-    if protocol.l2 is not None and protocol.l2 < 0:
-        raise UserError(f"l2={protocol.l2}: must be 0 or more, or null")
-    if protocol.resamples < 0:
-        raise UserError(f"bootstrap_resamples={protocol.resamples}: must be 0 or more")
-    if not 0 <= protocol.seed < 2**32:
-        raise UserError(f"seed={protocol.seed}: must be from 0 to {2**32 - 1}")
 
 
 # Captions

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from clipmini.annotations import Limits
 from clipmini.errors import UserError
 from clipmini.model import Model, create_from_architecture
 from clipmini.sources import load_start
@@ -27,8 +28,7 @@ def interpolate_(model: Model, share: float, config: Mapping[str, Any] | None, s
     Raises:
         UserError: a share outside 0 to 1, or a run that started from nothing, or from what is there no more.
     """
-    if not 0 <= share <= 1:
-        raise UserError(f"wise={share}: must be from 0, the weights that the run started from, to 1, those it trained")
+    Limits(least=0, most=1).check("wise", share)
     options = (config or {}).get("model") or {}
     if not options.get("pretrained"):
         raise UserError(

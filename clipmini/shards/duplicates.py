@@ -22,7 +22,7 @@ ENCODED = 8192  # known embeddings at a time
 
 
 @dataclass(frozen=True)
-class Limits:
+class Threshold:
     """When two pictures are near-duplicates.
 
     Attributes:
@@ -69,20 +69,20 @@ def load_known(directory: Path) -> Known:
 
 
 @torch.no_grad()
-def find_duplicates(signatures: Signatures, known: Known, limits: Limits) -> Iterator[Match]:
+def find_duplicates(signatures: Signatures, known: Known, threshold: Threshold) -> Iterator[Match]:
     """Yield the pairs that are near-duplicates in some view; plain pictures are none."""
     kept = torch.from_numpy(np.flatnonzero(~signatures.is_plain))
     bits = to_signs(signatures.bits)[kept]
     thumbnails = torch.from_numpy(signatures.thumbnails)[kept]
     for start in range(0, len(known.numbers) if len(kept) else 0, CHUNK):
         part = slice(start, start + CHUNK)
-        pairs, distances = nominate(bits, to_signs(known.bits[part]), limits.max_distance)
+        pairs, distances = nominate(bits, to_signs(known.bits[part]), threshold.max_distance)
         others = torch.from_numpy(np.array(known.thumbnails[part]))
         best: dict[tuple[int, int], tuple[float, int]] = {}
         for first in range(0, len(pairs), CONFIRMED):
             some = pairs[first : first + CONFIRMED]
             scores = correlate(thumbnails[some[:, 0], some[:, 2]], others[some[:, 1], some[:, 3]])
-            for number in (scores >= limits.min_correlation).nonzero()[:, 0].tolist():
+            for number in (scores >= threshold.min_correlation).nonzero()[:, 0].tolist():
                 row, column = some[number, :2].tolist()
                 found = (float(scores[number]), -int(distances[first + number]))
                 best[row, column] = max(best.get((row, column), found), found)

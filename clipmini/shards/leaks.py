@@ -26,11 +26,10 @@ from clipmini.one_tower import check_has
 from clipmini.report.command import write
 from clipmini.report.page import make_page
 from clipmini.search.embed import make_encoder
-from clipmini.shards.duplicates import Limits
+from clipmini.shards.duplicates import Threshold
 from clipmini.shards.leaks_found import Found
 from clipmini.shards.leaks_page import make_sections, tabulate
 from clipmini.shards.scan import Pair, scan_embeddings, scan_shards, sign_sets
-from clipmini.shards.signature import BITS
 from clipmini.sources import load_model
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class Search:
         shards: of the training data.
         store: reads them.
         sets: evaluation sets.
-        limits: see `Limits`.
+        threshold: see `Threshold`.
         min_cosine: of embeddings.
         max_pixels: of a picture.
         num_workers: processes; None takes all cores.
@@ -54,7 +53,7 @@ class Search:
     shards: Sequence[Shard]
     store: ShardStore
     sets: Sequence[EvaluationSet]
-    limits: Limits
+    threshold: Threshold
     min_cosine: float
     max_pixels: int
     num_workers: int | None
@@ -70,7 +69,7 @@ class Search:
         found.of_sets, known = sign_sets(pictures, self.max_pixels, self.num_workers)
         found.check_sets()
         shards = []
-        for scan in scan_shards(self.shards, self.store, known, self.limits, self.max_pixels, self.num_workers):
+        for scan in scan_shards(self.shards, self.store, known, self.threshold, self.max_pixels, self.num_workers):
             shards.append(scan.shard)
             found.of_training.add(scan.tally)
             if scan.damage:
@@ -114,18 +113,6 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         UserError: they cannot.
     """
-    for key, low, high in (
-        ("max_distance", 0, BITS // 2 - 1),
-        ("min_correlation", 0.5, 1),
-        ("min_cosine", 0, 1),
-        ("max_shown", 0, 10_000),
-        ("num_workers", 0, None),
-        ("max_member_bytes", 1, None),
-        ("max_pixels", 1, None),
-    ):
-        value = options[key]
-        if value is not None and not low <= value <= (value if high is None else high):
-            raise UserError(f"{key}={value}: must be {f'{low} or more' if high is None else f'from {low} to {high}'}")
     check_precision(options["precision"])
     check_weights(options["weights"], "weights")
     for key in ("output", "details"):
@@ -149,8 +136,8 @@ def open_search(options: dict[str, Any]) -> Search:
     for entry in read_sources(options["train"], under=""):
         shards += locate(entry.shards, entry.key, cache.remote, allow_pipe=options["allow_pipe"])
     names = ("min_cosine", "max_pixels", "num_workers")
-    limits = Limits(options["max_distance"], options["min_correlation"])
-    return Search(shards, store, sets, limits, **{name: options[name] for name in names}, encoder=load(options))
+    threshold = Threshold(options["max_distance"], options["min_correlation"])
+    return Search(shards, store, sets, threshold, **{name: options[name] for name in names}, encoder=load(options))
 
 
 def load(options: dict[str, Any]) -> Encoder | None:

@@ -22,7 +22,7 @@ from clipmini.data.store import ShardStore
 from clipmini.evaluation.encoder import AnyPictures, Encoder, load_pictures, make_batches
 from clipmini.evaluation.sets import Pictures
 from clipmini.model import encode_image
-from clipmini.shards.duplicates import Known, Limits, find_duplicates, find_nearby, load_known
+from clipmini.shards.duplicates import Known, Threshold, find_duplicates, find_nearby, load_known
 from clipmini.shards.signature import PIXELS, Signatures, sign, squeeze
 
 BLOCK = 256  # pictures that are held at a time
@@ -156,7 +156,7 @@ def sign_sets(sets: Sequence[Pictures], max_pixels: int, num_workers: int | None
 
 
 def scan_shard(
-    numbered: tuple[int, Shard], *, store: ShardStore, known_at: Path, max_pixels: int, limits: Limits
+    numbered: tuple[int, Shard], *, store: ShardStore, known_at: Path, max_pixels: int, threshold: Threshold
 ) -> ShardScan:
     """Find near-duplicates of known pictures in a shard, in a worker process.
 
@@ -176,7 +176,7 @@ def scan_shard(
     pairs = [
         Pair(match.column, number, numbers[match.row], index.key(numbers[match.row]), match.distance, match.correlation)
         for numbers, signatures in blocks
-        for match in find_duplicates(signatures, known, limits)
+        for match in find_duplicates(signatures, known, threshold)
     ]
     store.close(*store.files)
     return ShardScan(shard, tally, pairs, index.damage)
@@ -186,7 +186,7 @@ def scan_shards(
     shards: Sequence[Shard],
     store: ShardStore,
     known: Known,
-    limits: Limits,
+    threshold: Threshold,
     max_pixels: int,
     num_workers: int | None,
 ) -> Iterator[ShardScan]:
@@ -194,7 +194,7 @@ def scan_shards(
     with tempfile.TemporaryDirectory() as directory:
         known.save(Path(directory))
         function = functools.partial(
-            scan_shard, store=store, known_at=Path(directory), max_pixels=max_pixels, limits=limits
+            scan_shard, store=store, known_at=Path(directory), max_pixels=max_pixels, threshold=threshold
         )
         yield from work(function, list(enumerate(shards)), "reading training shards", num_workers)
 
