@@ -17,13 +17,13 @@ from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
 from clipmini.evaluation.details import write_details
-from clipmini.evaluation.encoder import MAX_UNREADABLE, load_pictures, make_batches
+from clipmini.evaluation.encoder import MAX_UNREADABLE, check_precision, load_pictures, make_batches
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
 from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
-from clipmini.evaluation.tasks import check_protocol, make_protocol
+from clipmini.evaluation.tasks import make_protocol
 from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model
 from clipmini.watch import watch
@@ -63,6 +63,7 @@ def check_options(options: dict[str, Any]) -> None:
     """
     check_published(options["compare_to"])
     check_weights(options["weights"], "weights")
+    check_precision(options["precision"])
     check_choice("details_format", options["details_format"], DETAILS_FORMATS)
     if not options["datasets"]:
         raise UserError("datasets=[]: no set to evaluate on")
@@ -74,7 +75,6 @@ def check_options(options: dict[str, Any]) -> None:
 def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -> None:
     """Read the sets, load the model, and write results."""
     protocol, num_workers = make_protocol(options), options["num_workers"]
-    check_protocol(protocol)
     entries = read_entries(options["datasets"], "datasets")
     evaluator = Evaluator(
         open_sets(entries, "datasets", with_train=bool(options["probes"])),

@@ -58,7 +58,7 @@ class Teacher:
     @property
     def scale(self) -> float:
         """What it multiplies similarities with."""
-        return math.exp(float(self.model.logit_scale))
+        return math.exp(self.model.logit_scale.item())
 
 
 def load_teacher(path: str | None, loss: ContrastiveLoss) -> Teacher | None:

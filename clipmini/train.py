@@ -31,7 +31,7 @@ from clipmini.data.tokenizer import Tokenize, create_tokenizer
 from clipmini.ema import WeightAverage, Weights, check_weights
 from clipmini.errors import Stopped, UserError
 from clipmini.evaluation.datasets import Opened, open_sets
-from clipmini.evaluation.encoder import Interrupted
+from clipmini.evaluation.encoder import Interrupted, check_precision
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import log_results
@@ -296,7 +296,8 @@ def build_evaluation(
     check_weights(options.weights, "evaluation.weights")
     if options.weights == "average" and cfg.ema.decay is None:
         raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
-    protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False})
+    check_precision(options.precision, "evaluation.precision")
+    protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False}, under="evaluation.")
     evaluator = Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision)
     evaluator.check_towers(module.model)
     held_out = None

@@ -123,7 +123,8 @@ def test_results_of_steps_that_are_done_again_are_replaced(
     [
         (["evaluation.every_n_steps=0"], r"evaluation.every_n_steps=0: must be 1 or more, or null"),
         (["evaluation.best_metric=val/loss"], "best_metric=val/loss: is measured on held-out pairs: set data.val"),
-        (["evaluation.precision=fp8"], r"precision=fp8: is one of fp32, bf16, fp16"),
+        (["evaluation.precision=fp8"], r"evaluation.precision=fp8: is one of fp32, bf16, fp16"),
+        (["evaluation.probes=[kn]"], r"evaluation.probes=kn: is one of knn, linear_probe \(did you mean 'knn'"),
         (["evaluation.batch_size=0"], r"evaluation.batch_size=0: must be 1 or more"),
         (["evaluation.bootstrap_resamples=-1"], r"evaluation.bootstrap_resamples=-1: must be 0 or more"),
         (["evaluation.datasets=[{pth:a}]"], r"unknown key evaluation.datasets\[0\].pth \(did you mean 'path'"),

@@ -29,13 +29,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 MAX_UNREADABLE = 0.01  # of the pictures of a set
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, key: str = "precision") -> None:
     """See that a precision is one of a model's.
 
     Raises:
         UserError: it is none.
     """
-    check_choice("precision", precision, PRECISIONS)
+    check_choice(key, precision, PRECISIONS)
 
 
 class Interrupted(Exception):

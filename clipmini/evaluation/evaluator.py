@@ -12,11 +12,11 @@ from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.cache import FeatureCache, hash_weights
 from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
-from clipmini.evaluation.encoder import Encoder, check_precision, evaluation_transform
+from clipmini.evaluation.encoder import Encoder, evaluation_transform
 from clipmini.evaluation.metrics import Estimate, estimate, name_classification
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
-from clipmini.evaluation.tasks import Finding, Protocol, check_protocol, measure, name_metrics
+from clipmini.evaluation.tasks import Finding, Protocol, measure, name_metrics
 from clipmini.model import Model, preprocess_cfg
 from clipmini.one_tower import check_has
 
@@ -41,9 +41,6 @@ class Evaluator:
         batch_size: pictures, and sentences, at a time on each device.
         num_workers: processes of each rank that decode pictures.
         precision: fp32, bf16 or fp16.
-
-    Raises:
-        UserError: a value that cannot work.
     """
 
     opened: Sequence[Opened]
@@ -51,10 +48,6 @@ class Evaluator:
     batch_size: int
     num_workers: int
     precision: str
-
-    def __post_init__(self) -> None:
-        check_protocol(self.protocol)
-        check_precision(self.precision)
 
     def encoder(
         self,

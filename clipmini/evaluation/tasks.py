@@ -99,8 +99,18 @@ def name_metrics(dataset: EvaluationSet) -> tuple[str, ...]:
     return (*found, "main_metric")
 
 
-def make_protocol(options: Mapping[str, Any]) -> Protocol:
-    """Take what decides numbers from a config."""
+def make_protocol(options: Mapping[str, Any], *, under: str = "") -> Protocol:
+    """Take what decides numbers from a config.
+
+    Args:
+        under: what the keys begin with, for messages.
+
+    Raises:
+        UserError: an unknown probe, or unknown features for it.
+    """
+    for name in options["probes"]:
+        check_choice(f"{under}probes", name, PROBES)
+    check_choice(f"{under}probe_features", options["probe_features"], ("embedding", "before_projection"))
     return Protocol(
         probes=tuple(options["probes"]),
         probe_features=options["probe_features"],
@@ -235,17 +245,6 @@ def probe(name: str, opened: Opened, encoder: Encoder, protocol: Protocol) -> Fi
     units = tell_pictures(dataset, asked, labels, ranks, predictions)
     outcome = metrics.classification(ranks, labels, num_classes, name=dataset.name, chance=chance, units=units)
     return Finding(name, outcome, known.unreadable + asked.unreadable, labels, predictions, facts)
-
-
-def check_protocol(protocol: Protocol) -> None:
-    """See that the probes and their features are known.
-
-    Raises:
-        UserError: they are not.
-    """
-    for name in protocol.probes:
-        check_choice("probes", name, PROBES)
-    check_choice("probe_features", protocol.probe_features, ("embedding", "before_projection"))
 
 
 # Captions
