@@ -22,7 +22,7 @@ from clipmini.evaluation.results import (
     read_rows,
     row_scalars,
 )
-from clipmini.sources import CONFIG_FILE, load_run_checkpoint
+from clipmini.sources import CONFIG_FILE, Source, load_run_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,8 @@ def evaluate_checkpoint(
     Returns:
         Its results, also those that were known; none if the checkpoint is gone.
     """
-    try:
-        source = load_run_checkpoint(path, weights)
-    except UserError:
-        if path.exists():
-            raise
+    source = load_together(path, weights)
+    if source is None:
         log.warning("%s was deleted before its turn: a larger checkpoint.keep_last of the run keeps more", path)
         return []
     encoder = evaluator.encoder(source.model.to(device), source.tokenizer(), device)
@@ -102,6 +99,25 @@ def evaluate_checkpoint(
     if best_metric and distributed.rank() == 0:
         keep_if_best(path, rows, read_rows(output), best_metric)
     return rows
+
+
+def load_together(path: Path, weights: str) -> Source | None:
+    """Load a checkpoint in every process, or in none: a run may delete it while some have it and others have not.
+
+    Raises:
+        UserError: it is there, and one of them cannot load it.
+    """
+    source: Source | None = None
+    reason: UserError | None = None
+    try:
+        source = load_run_checkpoint(path, weights)
+    except UserError as error:
+        reason = error if path.exists() else None
+    found = distributed.all_gather_objects((source is not None, reason))
+    for _, reason in found:
+        if reason is not None:
+            raise reason
+    return source if all(is_loaded for is_loaded, _ in found) else None
 
 
 def keep_if_best(path: Path, rows: Sequence[Row], all_rows: Sequence[Row], best_metric: str) -> None:

@@ -1,6 +1,7 @@
 """`clipmini evaluate` as users run it: one process or two, bad input, and a run watched while it trains."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, read_sample, save_checkpoint, write_tar
+from conftest import QUICK, in_processes, read_sample, save_checkpoint, write_tar
 from forked import Forked, run_forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model import make_model
 
 from clipmini.checkpoints.disk import load_checkpoint
 from clipmini.cli import main
+from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.model import open_clip_config
+from clipmini.watch import load_together
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +231,26 @@ def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
     content = load_checkpoint(run / "checkpoints/best.ckpt")
     assert content["global_step"] == best["step"]
     assert "step 3:" in result.stdout and "step 2:" not in result.stdout
+
+
+def load_of_a_process(directory: str) -> tuple[bool, str]:
+    """Load a checkpoint that each process finds in a directory of its own."""
+    path = Path(directory) / f"{torch.distributed.get_rank()}/checkpoints/step-00000001.ckpt"
+    try:
+        return load_together(path, "trained") is not None, ""
+    except UserError as error:
+        return False, str(error)
+
+
+def test_processes_load_the_same_checkpoints_though_a_run_deletes_some(tiny_json: Path, tmp_path: Path) -> None:
+    paths = [write_checkpoint(tmp_path / str(rank), tiny_json, 1) for rank in (0, 1)]
+    (tmp_path / "torn").mkdir()
+    os.truncate(paths[1] / "rank-00000.pt", 1000)
+    (found, other) = in_processes(2, load_of_a_process, tmp_path / "torn", str(tmp_path))
+    assert found == other and found[1].startswith(f"model={paths[1]}: rank-00000.pt has 1,000 bytes of")
+    (tmp_path / "gone").mkdir()
+    shutil.rmtree(paths[1])
+    assert in_processes(2, load_of_a_process, tmp_path / "gone", str(tmp_path)) == [(False, "")] * 2
 
 
 def test_a_watched_run_that_trains(shards: Path, classification_set: Path, tiny_json: Path, tmp_path: Path) -> None:
