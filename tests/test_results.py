@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,22 @@ def test_weights_and_protocol_make_a_result_another_one(
         make_encoder(make_model(str(tiny_json)), batch_size=7), [], {}
     )
     assert found.row["protocol"] == result.row["protocol"]
+
+
+def test_other_pictures_of_the_same_names_make_a_result_another_one(tmp_path: Path, tiny_json: Path) -> None:
+    samples = iter(read_sample("wds_twemoji/test/0.tar", 4))
+    for kind in ("noise", "blur"):  # as ImageNet-C has them, each at several strengths
+        for name in ("cat", "dog"):
+            (tmp_path / kind / "1" / name).mkdir(parents=True)
+            (tmp_path / kind / "1" / name / "1.webp").write_bytes(next(samples)["webp"])
+    (noise,) = run(tmp_path / "noise/1", tiny_json, [])
+    (blur,) = run(tmp_path / "blur/1", tiny_json, [noise.row])
+    assert blur.finding is not None and blur.row["key"] == noise.row["key"]
+    for name in ("protocol", "resamples"):
+        assert blur.row[name] != noise.row[name]
+    shutil.copytree(tmp_path / "noise", tmp_path / "moved")
+    (again,) = run(tmp_path / "moved/1", tiny_json, [noise.row])
+    assert again.finding is None
 
 
 def test_rows_are_replaced_by_the_same_result_only(result: Result, tmp_path: Path) -> None:

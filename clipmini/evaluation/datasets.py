@@ -23,6 +23,10 @@ class Opened:
     dataset: EvaluationSet
     train: ClassificationSet | None = None
 
+    @property
+    def parts(self) -> list[EvaluationSet]:
+        return [self.dataset, *([self.train] if self.train else [])]
+
 
 def open_sets(entries: Sequence[SetEntry], key: str, *, with_train: bool = False) -> list[Opened]:
     """Read everything of the sets but the pictures.

@@ -71,8 +71,10 @@ class Evaluator:
         """
         weights = hash_weights(encoder.model)
         rows = {identity(row): row for row in distributed.all_gather_objects(list(known))[0]}
-        for opened in self.opened:
-            said = {"weights": weights, "protocol": self.hash_protocol(opened, encoder)}
+        # The first process looks at the files for all: they are many, and all must take the same rows for known.
+        digests = distributed.from_first(lambda: [[part.pictures.digest for part in one.parts] for one in self.opened])
+        for opened, pictures in zip(self.opened, digests, strict=True):
+            said = {"weights": weights, "protocol": self.hash_protocol(opened, pictures, encoder)}
             keys = [opened.dataset.name, *(f"{opened.dataset.name}/{name}" for name in self.probes(opened))]
             done = [rows.get(identity({"key": key, **said})) for key in keys]
             if all(done):
@@ -81,7 +83,7 @@ class Evaluator:
             for finding in measure(opened, encoder, self.protocol):
                 protocol = self.protocol
                 estimates = estimate(finding.outcome, resamples=protocol.resamples, seed=protocol.seed)
-                row = make_row(opened.dataset, finding, protocol, estimates, {**about, **said})
+                row = make_row(opened.dataset, pictures[0], finding, protocol, estimates, {**about, **said})
                 if finding.predictions is not None and isinstance(opened.dataset, ClassificationSet):
                     row |= class_facts(opened.dataset, finding)
                 yield Result(opened, row, finding, estimates)
@@ -130,12 +132,15 @@ class Evaluator:
         if name not in known:
             raise UserError(f"{key}={name}: no such metric{tell_choices(name, known)}")
 
-    def hash_protocol(self, opened: Opened, encoder: Encoder) -> str:
-        """Hash all that decides a number beside the weights: the set, how it is measured, how pictures are prepared."""
-        parts = [opened.dataset, *([opened.train] if opened.train else [])]
+    def hash_protocol(self, opened: Opened, pictures: Sequence[str], encoder: Encoder) -> str:
+        """Hash all that decides a number beside the weights: the set, how it is measured, how pictures are prepared.
+
+        Args:
+            pictures: the digest of each part's.
+        """
         return hash_content(
-            [part.content() for part in parts],
-            [[place.key, place.size] for part in parts for place in part.pictures.places],
+            [part.content() for part in opened.parts],
+            list(pictures),
             asdict(self.protocol),
             [self.precision, repr(encoder.transform), preprocess_cfg(encoder.model)],
             encoder.model.architecture,

@@ -47,6 +47,7 @@ MIN_PICTURES = 5  # of a class, on average, where the worst ones are named: else
 
 def make_row(
     dataset: EvaluationSet,
+    pictures: str,
     finding: Finding,
     protocol: Protocol,
     estimates: Mapping[str, Estimate],
@@ -55,6 +56,7 @@ def make_row(
     """Return what is written of a finding.
 
     Args:
+        pictures: their digest.
         estimates: of its metrics.
         about: what else is known: the model, its step, hashes of weights and protocol.
     """
@@ -75,20 +77,19 @@ def make_row(
         "unreadable": len(finding.unreadable),
         "language": dataset.language,
         "shuffled": protocol.shuffled,
-        "resamples": hash_resamples(dataset, finding, protocol),
+        "resamples": hash_resamples(pictures, finding, protocol),
         **finding.outcome.facts,
         **finding.facts,
         **about,
     }
 
 
-def hash_resamples(dataset: EvaluationSet, finding: Finding, protocol: Protocol) -> str:
+def hash_resamples(pictures: str, finding: Finding, protocol: Protocol) -> str:
     """Hash which pictures the bootstrap draws again, and by what seed: what is equal makes intervals that are paired.
 
     The sentences, the precision and the model's own preparation of pictures are no part of it.
     """
-    places = [[place.key, place.size] for place in dataset.pictures.places]
-    return hash_content(places, finding.unreadable, finding.outcome.count, protocol.seed, protocol.resamples)
+    return hash_content(pictures, finding.unreadable, finding.outcome.count, protocol.seed, protocol.resamples)
 
 
 def number(value: float) -> float | None:

@@ -1,5 +1,7 @@
 """What a model is judged by: pictures with labels, with captions, or with choices between two of them."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -63,6 +65,11 @@ class Pictures:
             raise Fault("damaged_shard", f"{path} ends inside {key}")
         return data
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of what the pictures are called and of their sizes: the same wherever they lie."""
+        return hash_content([[place.key, find_size(place)] for place in self.places])
+
     def fingerprint(self) -> str:
         """Hash places, sizes and times, which change when a file does."""
         digest = hashlib.sha256()
@@ -72,6 +79,14 @@ class Pictures:
             digest.update(f"{os.path.abspath(path)}\n{facts}\n".encode("utf-8", "surrogateescape"))
         digest.update(repr(self.places).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def find_size(place: Place) -> int | None:
+    """Return the size of a picture; None of a file that is not there, which is told when it is read."""
+    if place.size is None:
+        with contextlib.suppress(OSError):
+            return os.stat(place.path).st_size
+    return place.size
 
 
 @dataclass(frozen=True)
