@@ -121,9 +121,19 @@ def load_together(path: Path, weights: str) -> Source | None:
 
 
 def keep_if_best(path: Path, rows: Sequence[Row], all_rows: Sequence[Row], best_metric: str) -> None:
-    """Keep a checkpoint if no other has been as good."""
+    """Keep a checkpoint if no other of the run has been as good, measured in the same way.
+
+    Args:
+        rows: of the checkpoint.
+        all_rows: of the file of results, in which other models, settings and controls may be too.
+    """
     value = find_metric(rows, best_metric)
-    others = [row for row in all_rows if row.get("step") != rows[0]["step"]]
+    alike = {(row["key"], row["protocol"], row["model"]) for row in rows}
+    others = [
+        row
+        for row in all_rows
+        if row.get("step") != rows[0]["step"] and (row["key"], row.get("protocol"), row.get("model")) in alike
+    ]
     known = [found for row in others if (found := find_metric([row], best_metric, must_exist=False)) is not None]
     if value is not None and is_best(value, known, best_metric):
         if path.exists():

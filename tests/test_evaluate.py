@@ -21,7 +21,7 @@ from clipmini.cli import main
 from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.model import open_clip_config
-from clipmini.watch import load_together
+from clipmini.watch import keep_if_best, load_together
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,19 @@ def test_a_watched_run_has_each_checkpoint_once_over_a_kill(
     content = load_checkpoint(run / "checkpoints/best.ckpt")
     assert content["global_step"] == best["step"]
     assert "step 3:" in result.stdout and "step 2:" not in result.stdout
+
+
+def test_the_best_checkpoint_is_the_best_of_its_run_in_its_way(tmp_path: Path) -> None:
+    def row(step: int | None, acc1: float, **changes: Any) -> dict[str, Any]:
+        return {"key": "a", "model": "m", "protocol": "p", "step": step, "metrics": {"acc1": acc1}, **changes}
+
+    known = [row(None, 0.9, model="ViT-B-32 openai"), row(1, 0.9, protocol="of another seed")]
+    for step, acc1, best in ((2, 0.2, 2), (3, 0.1, 2), (4, 0.3, 4)):
+        path = tmp_path / f"step-{step:08d}.ckpt"
+        path.mkdir()
+        known.append(row(step, acc1))
+        keep_if_best(path, known[-1:], known, "a/acc1")
+        assert (tmp_path / "best.ckpt").resolve().name == f"step-{best:08d}.ckpt"
 
 
 def load_of_a_process(directory: str) -> tuple[bool, str]:
