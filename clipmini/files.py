@@ -1,9 +1,10 @@
 """Files that are complete or absent, and files of rows that a resumed run takes back to where it goes on."""
 
 import contextlib
+import fcntl
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -43,6 +44,24 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a file that is read and then replaced, where the file system can.
+
+    The file itself is locked, and made if it is not there, so that nothing else lies about; the lock ends with the
+    process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "ab") as file:
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
+            # Its holder has replaced it since: what is locked is the old one.
 
 
 def tell_neighbours(path: str | Path) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import clip_benchmark.cli
 import pyarrow.parquet
 import pytest
-from conftest import read_sample
+import torch
+from conftest import in_processes, read_sample
 from judging import open_one, write_wds
 from test_model import make_model
 from test_zero_shot import make_encoder
@@ -127,6 +128,19 @@ def test_rows_are_replaced_by_the_same_result_only(result: Result, tmp_path: Pat
     assert [(row["weights"], row["step"]) for row in read_rows(path)] == [("other", 9), (result.row["weights"], 10)]
     keep_rows(path, lambda row: row["step"] < 10)
     assert [row["step"] for row in read_rows(path)] == [9]
+
+
+def add_rows(path: str) -> None:
+    rank = torch.distributed.get_rank()
+    for number in range(30):
+        add_row(Path(path), {"key": f"{rank}-{number}", "metrics": {}})
+
+
+def test_processes_that_write_into_one_file_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results/results.jsonl"
+    in_processes(3, add_rows, tmp_path, str(path))
+    assert {row["key"] for row in read_rows(path)} == {f"{rank}-{number}" for rank in range(3) for number in range(30)}
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", '{"a": 1}'])

@@ -12,7 +12,7 @@ from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.metrics import RECALL_AT, Estimate
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet, hash_content
 from clipmini.evaluation.tasks import PROBES, Finding, Protocol
-from clipmini.files import write_atomically
+from clipmini.files import locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -123,16 +123,20 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Write a row, in place of the same result if that is there."""
-    write_rows(path, [*(old for old in read_rows(path) if identity(old) != identity(row)), row])
+    """Write a row, in place of the same result if that is there; another process may do so at the same time."""
+    with locked(path):
+        write_rows(path, [*(old for old in read_rows(path) if identity(old) != identity(row)), row])
 
 
 def keep_rows(path: Path, is_kept: Callable[[Row], bool]) -> None:
-    """Rewrite a file of results with some of its rows."""
-    rows = read_rows(path)
-    kept = [row for row in rows if is_kept(row)]
-    if len(kept) < len(rows):
-        write_rows(path, kept)
+    """Rewrite a file of results with some of its rows; another process may add some at the same time."""
+    if not path.exists():
+        return
+    with locked(path):
+        rows = read_rows(path)
+        kept = [row for row in rows if is_kept(row)]
+        if len(kept) < len(rows):
+            write_rows(path, kept)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
