@@ -130,7 +130,8 @@ def write(result: Result, options: dict[str, Any], source: Source) -> None:
     else:
         add_row(Path(options["output"]), result.row)
         if options["details"]:
-            write_details(Path(options["details"]), result.opened.dataset, result.finding, options["details_format"])
+            about = options["details_format"], source.name, source.weights
+            write_details(Path(options["details"]), result.opened.dataset, result.finding, *about)
     if options["clip_benchmark"]:
         write_clip_benchmark(Path(options["clip_benchmark"]), result.row, source.name, source.weights)
 

@@ -179,9 +179,10 @@ def test_classes_and_confusions_add_up(result: Result) -> None:
 @pytest.mark.parametrize("file_format", ["csv", "parquet"])
 def test_details(file_format: str, result: Result, tmp_path: Path) -> None:
     assert result.finding is not None
-    write_details(tmp_path, result.opened.dataset, result.finding, file_format)
-    stem = f"{result.row['dataset']}-zeroshot_classification"
-    path = tmp_path / f"{stem}-predictions.{file_format}"
+    for weights in ("step 9", "step 10"):  # each has files of its own
+        write_details(tmp_path, result.opened.dataset, result.finding, file_format, "tiny", weights)
+    stem = f"{result.row['dataset']}-zeroshot_classification-tiny-step"
+    path = tmp_path / f"{stem}-9-predictions.{file_format}"
     if file_format == "csv":
         rows = list(csv.DictReader(path.open()))
     else:
@@ -190,20 +191,24 @@ def test_details(file_format: str, result: Result, tmp_path: Path) -> None:
     hits = sum(row["label"] == row["prediction"] for row in rows)
     assert hits / 21 == pytest.approx(result.row["metrics"]["acc1"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{stem}-{what}.{file_format}" for what in ("predictions", "classes", "confusion")
+        f"{stem}-{step}-{what}.{file_format}" for step in (9, 10) for what in ("predictions", "classes", "confusion")
     }
 
 
 def test_clip_benchmark_builds_its_table_of_our_json(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_clip_benchmark(tmp_path, result.row, "ViT-B-32", "mine")
-    (path,) = tmp_path.iterdir()
-    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "build", str(path), "--output", str(tmp_path / "all.csv")])
+    models = [("ViT-B-32", "mine"), ("ViT-B-32", "openai")]
+    for model in models:
+        write_clip_benchmark(tmp_path, result.row, *model)
+    paths = map(str, sorted(tmp_path.iterdir()))
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "build", *paths, "--output", str(tmp_path / "all.csv")])
     clip_benchmark.cli.main()
-    (row,) = csv.DictReader((tmp_path / "all.csv").open())
-    assert (row["model"], row["pretrained"], row["task"]) == ("ViT-B-32", "mine", "zeroshot_classification")
-    assert float(row["acc1"]) == pytest.approx(result.row["metrics"]["acc1"])
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert [(row["model"], row["pretrained"]) for row in rows] == models
+    for row in rows:
+        assert row["task"] == "zeroshot_classification"
+        assert float(row["acc1"]) == pytest.approx(result.row["metrics"]["acc1"])
 
 
 def test_metrics_are_found_by_name() -> None:

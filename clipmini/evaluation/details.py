@@ -13,7 +13,7 @@ import numpy as np
 from clipmini.errors import UserError
 from clipmini.evaluation.examples import show_examples
 from clipmini.evaluation.metrics import Estimate
-from clipmini.evaluation.results import Row, number
+from clipmini.evaluation.results import Row, file_name, number
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
 from clipmini.evaluation.tasks import Finding
 from clipmini.files import write_atomically
@@ -91,9 +91,15 @@ def confusion_table(dataset: ClassificationSet, finding: Finding) -> list[Row]:
     ]
 
 
-def write_details(directory: Path, dataset: EvaluationSet, finding: Finding, file_format: str) -> None:
-    """Write what was found of each picture and, of a classification, each class and each confusion."""
-    stem = f"{dataset.name}-{finding.task}".replace("/", "-")
+def write_details(
+    directory: Path, dataset: EvaluationSet, finding: Finding, file_format: str, model: str, weights: str
+) -> None:
+    """Write what was found of each picture and, of a classification, each class and each confusion.
+
+    Args:
+        model, weights: for the files' names: another model's may lie there too.
+    """
+    stem = file_name(dataset.name, finding.task, model, weights)
     units = finding.outcome.units
     if units:
         rows = [dict(zip(units, values, strict=True)) for values in zip(*units.values(), strict=True)]

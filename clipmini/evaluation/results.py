@@ -250,5 +250,10 @@ def write_clip_benchmark(directory: Path, row: Row, model: str, pretrained: str)
         "metrics": {name: value for name, value in row["metrics"].items() if name != "main_metric"},
         "language": row["language"],
     }
-    name = f"{row['key']}-{row['task']}-{row['language']}".replace("/", "-")
+    name = file_name(row["key"], row["task"], row["language"], model, pretrained)
     write_atomically(directory / f"{name}.json", json.dumps(content).encode())
+
+
+def file_name(*parts: str) -> str:
+    """Make the name of a file of what makes it another one, as the set and the model."""
+    return "-".join(parts).replace("/", "-").replace(" ", "-")
