@@ -19,6 +19,7 @@ from clipmini.one_tower import Towers
 
 # Fields of a tower's JSON that may differ from those that weights were trained with.
 CHANGEABLE = {"image_size", "patch_dropout", "context_length", "hf_model_pretrained", "timm_model_pretrained"}
+SCHEMAS: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
 MODEL_CONFIGS = Path(__file__).resolve().parent / "model_configs"
 
 
@@ -45,10 +46,8 @@ def read_architecture(
         UserError: an unknown name or field, a field of the wrong type, or another model than `start`.
     """
     architecture = read_named_architecture(name, start, start_towers)
-    for key, changes, schema in (("vision_cfg", vision_cfg, CLIPVisionCfg), ("text_cfg", text_cfg, CLIPTextCfg)):
-        if not isinstance(architecture, Mapping) or not isinstance(architecture.get(key), Mapping):
-            raise UserError(f"model.name={name}: the model JSON has no mapping {key!r}")
-        hints = typing.get_type_hints(schema)
+    for key, changes in (("vision_cfg", vision_cfg), ("text_cfg", text_cfg)):
+        hints = typing.get_type_hints(SCHEMAS[key])
         check_values(f"model.{key}", changes or {}, hints, hints)
         architecture[key] = {**architecture[key], **(changes or {})}
     if embed_dim is not None:
@@ -80,11 +79,25 @@ def read_named_architecture(name: str | None, start: Mapping[str, Any] | None, s
     if architecture is None:
         known = [*own, *open_clip.list_models()]
         raise UserError(f"model.name={name}: no such model{tell_choices(name, known)}")
+    check_parts(architecture, name)
     if start is not None:
         check_same_architecture(architecture, start, name, start_towers)
         if bool(start.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
             architecture["quick_gelu"] = bool(start.get("quick_gelu"))  # the other makes another model of the weights
     return architecture
+
+
+def check_parts(architecture: Any, name: str) -> None:
+    """See that a model's JSON describes both towers by fields that open_clip knows.
+
+    Raises:
+        UserError: it does not.
+    """
+    for part, schema in SCHEMAS.items():
+        if not isinstance(architecture, Mapping) or not isinstance(architecture.get(part), Mapping):
+            raise UserError(f"model.name={name}: the model JSON has no mapping {part!r}")
+        known = typing.get_type_hints(schema)
+        check_values(f"model.name={name}: {part}", architecture[part], known, {})  # open_clip's own are of other types
 
 
 def check_same_architecture(named: Mapping[str, Any], start: Mapping[str, Any], name: str, towers: Towers) -> None:
@@ -93,12 +106,10 @@ def check_same_architecture(named: Mapping[str, Any], start: Mapping[str, Any], 
     Raises:
         UserError: they are not.
     """
-    parts: tuple[tuple[str, str, Any], ...]
-    parts = ("image", "vision_cfg", CLIPVisionCfg), ("text", "text_cfg", CLIPTextCfg)
-    for tower, part, schema in parts:
+    for tower, (part, schema) in zip(("image", "text"), SCHEMAS.items(), strict=True):
         if towers not in ("both", tower):
             continue
-        ours, theirs = asdict(schema(**named.get(part, {}))), asdict(schema(**start[part]))
+        ours, theirs = asdict(schema(**named[part])), asdict(schema(**start[part]))
         for key in sorted(ours.keys() - CHANGEABLE):
             if ours[key] != theirs[key]:
                 raise UserError(

@@ -152,12 +152,20 @@ def test_wrong_models_are_refused(options: dict, message: str) -> None:
         (b"\xff", "model.name=.*/m.json: is not JSON: "),
         (b"[]", "model.name=.*/m.json: the model JSON has no mapping 'vision_cfg'"),
         (b'{"vision_cfg": {}, "text_cfg": 5}', "the model JSON has no mapping 'text_cfg'"),
+        (
+            b'{"vision_cfg": {"layer": 2}, "text_cfg": {}}',
+            r"unknown key model.name=.*/m.json: vision_cfg.layer \(did you mean 'layers'",
+        ),
     ],
 )
-def test_what_is_no_model_file_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_started", [False, True])
+def test_what_is_no_model_file_is_told(
+    is_started: bool, content: bytes, message: str, tiny_json: Path, tmp_path: Path
+) -> None:
+    start = make_model(str(tiny_json)) if is_started else None
     (tmp_path / "m.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        make_model(str(tmp_path / "m.json"))
+        make_model(str(tmp_path / "m.json"), start=start)
     with pytest.raises(UserError, match=r"m.jso.json: no such file \(did you mean 'm.json'\?\)"):
         make_model(str(tmp_path / "m.jso.json"))
 
