@@ -9,11 +9,13 @@ from typing import Any
 import open_clip
 import pytest
 from judging import (
+    PETS,
     labels_by_name,
     open_one,
     read_classes,
     write_folders,
     write_table,
+    write_wds,
 )
 
 from clipmini.data.health import Fault
@@ -230,6 +232,21 @@ def test_yaml_files_name_paths_from_where_they_are(tmp_path: Path, monkeypatch: 
     ]
     (opened,) = open_sets(entries[:1], "datasets", with_train=True)
     assert opened.train is not None and opened.train.pictures.places[0].path == f"{folder}/../pictures/a.jpg"
+
+
+def test_yaml_files_tell_paths_from_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    write_folders(tmp_path, "imagenet/val/n01440764/1.jpg", "train/1.jpg")  # which are no lists and no split
+    write_wds(tmp_path / "wds", [{"cls": b"0"}], **PETS)
+    (tmp_path / "s.yaml").write_text(
+        "- {path: imagenet/val, class_names: imagenet, templates: imagenet}\n"
+        "- {path: noto-*.tar, train: fluent-*.tar, label_key: name}\n"
+        "- {path: wds, train: train}\n"
+    )
+    folder, shards, wds = read_entries([f"{tmp_path}/s.yaml"], "datasets")
+    assert (folder.path, folder.class_names, folder.templates) == (f"{tmp_path}/imagenet/val", "imagenet", "imagenet")
+    assert (shards.path, shards.train) == (f"{tmp_path}/noto-*.tar", f"{tmp_path}/fluent-*.tar")
+    assert (wds.path, wds.train) == (f"{tmp_path}/wds", "train")
 
 
 @pytest.mark.parametrize(

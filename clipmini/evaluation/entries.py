@@ -10,7 +10,9 @@ import yaml
 
 from clipmini.annotations import check_values
 from clipmini.errors import UserError
+from clipmini.evaluation.wds import is_wds
 
+RELATIVE = ("path", "images", "class_names", "templates", "train")  # keys whose values may be paths
 Layout = Literal["wds", "folder", "table", "shards", "sugarcrepe", "winoground"]
 
 
@@ -90,11 +92,13 @@ def relative_to(item: Any, folder: Path) -> Any:
     """Return an entry whose paths start at a folder."""
     if not isinstance(item, Mapping):
         return item
-    paths = {name: item[name] for name in ("path", "images") if isinstance(item.get(name), str)}
-    for name in ("class_names", "templates", "train"):  # may be something else than a path
-        if isinstance(item.get(name), str) and (folder / item[name]).exists():
-            paths[name] = item[name]
-    return {**item, **{name: str(folder / path) for name, path in paths.items()}}
+    given = {name: item[name] for name in RELATIVE if isinstance(item.get(name), str)}
+    for name in ("class_names", "templates"):  # may be names of open_clip's lists
+        if name in given and not (folder / given[name]).is_file():
+            del given[name]
+    if item.get("layout") == "wds" or ("path" in given and is_wds(folder / given["path"])):
+        given.pop("train", None)  # is a split
+    return {**item, **{name: str(folder / path) for name, path in given.items()}}
 
 
 def read_entry(item: Any, at: str) -> SetEntry:
