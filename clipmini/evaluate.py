@@ -87,7 +87,7 @@ def evaluate(options: dict[str, Any], device: torch.device, *, num_cores: int) -
         check_sets(evaluator)
     elif options["watch"]:
         if options["best_metric"] is not None:
-            evaluator.check_metric("best_metric", options["best_metric"])
+            evaluator.check_metric(options["best_metric"])
         watch(
             Path(options["model"]),
             evaluator,

@@ -24,6 +24,7 @@ from clipmini.evaluation.results import Row, add_row, find_metric, is_best, keep
 from clipmini.evaluation.validation import VALIDATION, HeldOut, validate
 from clipmini.module import ClipModule
 from clipmini.objective import ContrastiveLoss
+from clipmini.one_tower import Model
 
 Kind = TypeVar("Kind", bound=Callback)
 
@@ -47,9 +48,6 @@ class Evaluation(Callback):
         best_metric: `val/loss` or SET/METRIC, by which `best` is saved, or None.
         best: where.
         weights: which of the module's are evaluated; checkpoints have both.
-
-    Raises:
-        UserError: n below 1, or a best_metric that cannot come out.
     """
 
     def __init__(
@@ -66,10 +64,6 @@ class Evaluation(Callback):
         best: Path,
         weights: Weights,
     ) -> None:
-        if best_metric in VALIDATION and held_out is None:
-            raise UserError(f"evaluation.best_metric={best_metric}: is measured on held-out pairs: set data.val")
-        if best_metric is not None:
-            evaluator.check_metric("evaluation.best_metric", best_metric, VALIDATION if held_out else ())
         self.evaluator = evaluator
         self.held_out = held_out
         self.tokenize = tokenize
@@ -193,6 +187,18 @@ class Evaluation(Callback):
                 saving.writer.wait()
         if trainer.is_global_zero and path.exists():
             keep_best(path)
+
+
+def check_best_metric(name: str | None, evaluator: Evaluator, model: Model, held_out: HeldOut | None) -> None:
+    """See that the metric by which the best checkpoint is kept will come out of a model.
+
+    Raises:
+        UserError: it will not.
+    """
+    if name in VALIDATION and held_out is None:
+        raise UserError(f"evaluation.best_metric={name}: is measured on held-out pairs: set data.val")
+    if name is not None:
+        evaluator.check_metric(name, model, VALIDATION if held_out else ())
 
 
 def is_asked_to_stop(trainer: pl.Trainer) -> bool:

@@ -37,7 +37,7 @@ from clipmini.evaluation.evaluator import Evaluator
 from clipmini.evaluation.results import log_results
 from clipmini.evaluation.tasks import make_protocol
 from clipmini.evaluation.validation import read_held_out
-from clipmini.evaluation_callback import Evaluation, find_callbacks
+from clipmini.evaluation_callback import Evaluation, check_best_metric, find_callbacks
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.guard import Guard
 from clipmini.locked_features import keep_features
@@ -298,13 +298,14 @@ def build_evaluation(
         raise UserError("evaluation.weights=average: there is no average with ema.decay=null; set it, as in 0.9999")
     check_precision(options.precision, "evaluation.precision")
     protocol = make_protocol({**options, "seed": cfg.seed, "shuffled": False}, under="evaluation.")
-    evaluator = Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision)
-    evaluator.check_towers(module.model)
+    evaluator = Evaluator(opened, protocol, options.batch_size, data.num_workers, options.precision, "evaluation.")
+    evaluator.check_model(module.model)
     held_out = None
     if data.held_out is not None:
         module.loss.check_judged()
         known = {"seed": cfg.seed, "group_size": cfg.batch_size, "max_bad_fraction": data.max_bad_fraction}
         held_out = read_held_out(data.held_out, data.store, data.content, **known)
+    check_best_metric(options.best_metric, evaluator, module.model, held_out)
     return Evaluation(
         evaluator,
         held_out,

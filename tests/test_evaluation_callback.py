@@ -14,6 +14,7 @@ from conftest import QUICK, in_processes, make_cache, make_data, make_objective,
 from omegaconf import DictConfig
 from servers import serve
 from test_model import make_model
+from test_one_tower import PICTURES
 from test_zero_shot import make_encoder
 
 from clipmini import train
@@ -23,6 +24,12 @@ from clipmini.errors import UserError
 from clipmini.evaluation.validation import read_held_out, validate
 
 Compose = Callable[..., DictConfig]
+# 30 pictures, and 14 to learn from.
+PROBED = (
+    "evaluation.datasets=[{path:SHARDS/a.tar,train:SHARDS/c.tar,label_key:group,name:t}]",
+    "evaluation.probes=[knn]",
+    "evaluation.knn_k=5",
+)
 
 
 def run(compose: Compose, tiny_json: Path, shards: Path, directory: Path, *overrides: str) -> Path:
@@ -130,13 +137,31 @@ def test_results_of_steps_that_are_done_again_are_replaced(
         (["evaluation.datasets=[{pth:a}]"], r"unknown key evaluation.datasets\[0\].pth \(did you mean 'path'"),
         (["data.val=${data.train}/a.tar"], r"data.val: .*a.tar is a shard of data.train too"),
         (["data.val=nowhere"], r"data.val=nowhere: no shards found"),
+        (
+            [*PROBED, "evaluation.knn_k=15"],
+            "^evaluation.knn_k=15: must be 1 to 14, the number of training pictures of t",
+        ),
+        (
+            [
+                *PROBED,
+                "evaluation.probe_features=before_projection",
+                "model.vision_cfg={layers:[1,1,1,1],head_width:32}",
+            ],
+            "ModifiedResNet has no projection at its end: probe_features=before_projection",
+        ),
+        (
+            [*PROBED, *PICTURES, "evaluation.best_metric=t/acc1"],
+            r"^evaluation.best_metric=t/acc1: no such metric \(did you mean 't/knn/acc1'",
+        ),
+        ([*PROBED, "evaluation.best_metric=t/acc"], r"^evaluation.best_metric=t/acc: .*\(did you mean 't/acc1'"),
     ],
 )
 def test_wrong_values(
     overrides: list[str], message: str, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path
 ) -> None:
+    given = [text.replace("SHARDS", str(shards)) for text in overrides]
     with pytest.raises(UserError, match=message):
-        run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+        run(compose, tiny_json, shards, tmp_path / "run", *given)
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {"train.log"}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import in_processes, read_sample
-from judging import PETS, open_one, write_npy, write_wds
+from judging import PETS, open_one, write_folders, write_npy, write_wds
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from test_model import make_model
@@ -137,6 +137,35 @@ def test_the_chance_of_a_probe_is_what_labels_alone_give(tmp_path: Path, tiny_js
 def test_probes_without_a_training_part(folders: Path) -> None:
     with pytest.raises(UserError, match="test: probes learn from a training part: the key train"):
         open_sets([SetEntry(str(folders / "test"))], "datasets", with_train=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probes": ("knn",), "knn_k": 5}, "^evaluation.knn_k=5: must be 1 to 4, the number of training pictures of t"),
+        ({"probes": ("linear_probe",)}, "^evaluation.l2=null: must be a number, since test has 4 training pictures, "),
+    ],
+)
+def test_a_training_part_that_is_too_small_is_told_before_anything_is_done(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_folders(tmp_path, "test/cat/1.jpg", *(f"train/cat/{number}.jpg" for number in range(4)))
+    opened = [open_one(tmp_path / "test", with_train=True, train=str(tmp_path / "train"))]
+    with pytest.raises(UserError, match=message):
+        Evaluator(opened, Protocol(**options), 4, 0, "fp32", "evaluation.")
+    Evaluator(opened, Protocol(probes=("knn", "linear_probe"), knn_k=4, l2=1.0), 4, 0, "fp32")
+
+
+def test_what_is_known_of_a_model_without_a_text_tower_is_not_done_again(folders: Path, tiny_json: Path) -> None:
+    opened = [open_one(folders / "test", with_train=True, train=str(folders / "train"))]
+    evaluator = Evaluator(opened, Protocol(probes=("knn",), knn_k=5, resamples=0), 4, 0, "fp32")
+    encoder = make_encoder(make_model(str(tiny_json), towers="image"))
+    (found,) = evaluator.run(encoder, [], {})
+    (again,) = evaluator.run(encoder, [found.row], {})
+    assert found.finding is not None and again.finding is None and again.row == found.row
+    assert {f"test/knn/{name}" for name in found.row["metrics"]} == set(evaluator.metric_names(encoder.model)) | {
+        "test/knn/acc5"
+    }
 
 
 def write_pictures(folder: Path, names: list[str]) -> None:

@@ -14,11 +14,12 @@ from clipmini.evaluation.datasets import Opened
 from clipmini.evaluation.details import class_facts
 from clipmini.evaluation.encoder import Encoder, evaluation_transform
 from clipmini.evaluation.metrics import Estimate, estimate, name_classification
+from clipmini.evaluation.probes import MIN_TRAIN
 from clipmini.evaluation.results import Row, identity, make_row
 from clipmini.evaluation.sets import ClassificationSet, hash_content
 from clipmini.evaluation.tasks import Finding, Protocol, measure, name_metrics
-from clipmini.model import Model, preprocess_cfg
-from clipmini.one_tower import check_has
+from clipmini.model import Model, preprocess_cfg, without_projection
+from clipmini.one_tower import check_has, text_tower
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Evaluator:
         batch_size: pictures, and sentences, at a time on each device.
         num_workers: processes of each rank that decode pictures.
         precision: fp32, bf16 or fp16.
+        under: what the keys of the config begin with, for messages.
+
+    Raises:
+        UserError: a training part is too small for a probe.
     """
 
     opened: Sequence[Opened]
@@ -48,6 +53,13 @@ class Evaluator:
     batch_size: int
     num_workers: int
     precision: str
+    under: str = ""
+
+    def __post_init__(self) -> None:
+        for opened in self.opened:
+            for probe in self.probes(opened):
+                assert opened.train is not None
+                check_training_part(probe, len(opened.train.pictures), opened.dataset.name, self.protocol, self.under)
 
     def encoder(
         self,
@@ -58,7 +70,7 @@ class Evaluator:
         is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Encoder:
         """Make what encodes with a model, which must be on the device; see `Encoder`."""
-        self.check_towers(model)
+        self.check_model(model)
         options = (self.batch_size, self.num_workers, device, self.precision, cache, is_asked_to_stop)
         return Encoder(model, tokenize, evaluation_transform(model), *options)
 
@@ -75,8 +87,7 @@ class Evaluator:
         digests = distributed.from_first(lambda: [[part.pictures.digest for part in one.parts] for one in self.opened])
         for opened, pictures in zip(self.opened, digests, strict=True):
             said = {"weights": weights, "protocol": self.hash_protocol(opened, pictures, encoder)}
-            keys = [opened.dataset.name, *(f"{opened.dataset.name}/{name}" for name in self.probes(opened))]
-            done = [rows.get(identity({"key": key, **said})) for key in keys]
+            done = [rows.get(identity({"key": key, **said})) for key in self.keys(opened, encoder.model)]
             if all(done):
                 yield from (Result(opened, row, None) for row in done if row)
                 continue
@@ -88,12 +99,16 @@ class Evaluator:
                     row |= class_facts(opened.dataset, finding)
                 yield Result(opened, row, finding, estimates)
 
-    def check_towers(self, model: Model) -> None:
-        """See that a model has the towers that the sets ask for: probes of pictures need no text tower.
+    def check_model(self, model: Model) -> None:
+        """See that a model has what the sets ask for: probes of pictures need no text tower.
 
         Raises:
             UserError: it has not.
         """
+        if self.protocol.probe_features == "before_projection" and any(map(self.probes, self.opened)):
+            check_has(model, "image", f"{self.under}probes")
+            with without_projection(model.visual):
+                pass
         for opened in self.opened:
             name = opened.dataset.name
             check_has(model, "image", f"the set {name}")
@@ -106,31 +121,39 @@ class Evaluator:
         takes = isinstance(dataset, ClassificationSet) and not dataset.is_multilabel
         return self.protocol.probes if takes else ()
 
-    def metric_names(self) -> list[str]:
-        """Return SET/METRIC and SET/PROBE/METRIC of all that comes out, of a model with both towers."""
+    def keys(self, opened: Opened, model: Model | None) -> list[str]:
+        """Return the keys of the rows that come out of a set; see `metric_names`."""
+        name, probes = opened.dataset.name, self.probes(opened)
+        has_text = model is None or text_tower(model) is not None
+        return [*([name] if has_text or not probes else []), *(f"{name}/{probe}" for probe in probes)]
+
+    def metric_names(self, model: Model | None = None) -> list[str]:
+        """Return SET/METRIC and SET/PROBE/METRIC of all that comes out of a model; None for one with both towers."""
         names = []
         for opened in self.opened:
             dataset = opened.dataset
-            names += [f"{dataset.name}/{metric}" for metric in name_metrics(dataset)]
-            for probe in self.probes(opened):
-                assert isinstance(dataset, ClassificationSet)
-                found = (*name_classification(len(dataset.class_names)), "main_metric")
-                names += [f"{dataset.name}/{probe}/{metric}" for metric in found]
+            for key in self.keys(opened, model):
+                if key == dataset.name:
+                    found = name_metrics(dataset)
+                else:
+                    assert isinstance(dataset, ClassificationSet)
+                    found = (*name_classification(len(dataset.class_names)), "main_metric")
+                names += [f"{key}/{metric}" for metric in found]
         return names
 
-    def check_metric(self, key: str, name: str, more: Sequence[str] = ()) -> None:
-        """See that a metric will come out.
+    def check_metric(self, name: str, model: Model | None = None, more: Sequence[str] = ()) -> None:
+        """See that the metric by which the best checkpoint is kept will come out.
 
         Args:
-            key: of the config.
+            model: see `metric_names`.
             more: names of metrics that come from elsewhere.
 
         Raises:
             UserError: it will not.
         """
-        known = [*more, *self.metric_names()]
+        known = [*more, *self.metric_names(model)]
         if name not in known:
-            raise UserError(f"{key}={name}: no such metric{tell_choices(name, known)}")
+            raise UserError(f"{self.under}best_metric={name}: no such metric{tell_choices(name, known)}")
 
     def hash_protocol(self, opened: Opened, pictures: Sequence[str], encoder: Encoder) -> str:
         """Hash all that decides a number beside the weights: the set, how it is measured, how pictures are prepared.
@@ -144,4 +167,21 @@ class Evaluator:
             asdict(self.protocol),
             [self.precision, repr(encoder.transform), preprocess_cfg(encoder.model)],
             encoder.model.architecture,
+        )
+
+
+def check_training_part(probe: str, count: int, name: str, protocol: Protocol, under: str) -> None:
+    """See that the training part of a set has enough pictures for a probe, before any is encoded.
+
+    Raises:
+        UserError: it has not.
+    """
+    if probe == "knn" and protocol.knn_k > count:
+        raise UserError(
+            f"{under}knn_k={protocol.knn_k}: must be 1 to {count}, the number of training pictures of {name}"
+        )
+    if probe == "linear_probe" and protocol.l2 is None and count < MIN_TRAIN:
+        raise UserError(
+            f"{under}l2=null: must be a number, since {name} has {count} training pictures, and {MIN_TRAIN} are the "
+            "least that it can be chosen on"
         )
