@@ -175,18 +175,21 @@ class Evaluation(Callback):
             raise UserError(f"evaluation.best_metric={self.best_metric}: there are {', '.join(scalars)}")
         known = [] if self.best_value is None else [self.best_value]
         if is_best(value, known, self.best_metric):
-            self.best_value = value
-            self.save_best(trainer, checkpoint_path(self.best.parent, step))
-            log.info("step %d: %s = %.4f is the best so far, kept as %s", step, self.best_metric, value, self.best)
+            before, self.best_value = self.best_value, value  # which is in the checkpoint too
+            told = f"step {step}: {self.best_metric} = {value:.4f} is the best so far"
+            if self.save_best(trainer, checkpoint_path(self.best.parent, step)):
+                log.info("%s, kept as %s", told, self.best)
+            else:
+                self.best_value = before  # of what is kept, for those to come
+                log.warning("%s, but its checkpoint is not saved, so that it is not kept", told)
 
-    def save_best(self, trainer: pl.Trainer, path: Path) -> None:
-        """Save the checkpoint of this step and make best.ckpt a link to it; every rank must call it."""
+    def save_best(self, trainer: pl.Trainer, path: Path) -> bool:
+        """Save the checkpoint of this step and make best.ckpt a link to it, if it can be; every rank must call it."""
         if not distributed.from_first(path.exists):
             for saving in find_callbacks(trainer, SaveCheckpoints):
                 saving.save(trainer)
                 saving.writer.wait()
-        if trainer.is_global_zero and path.exists():
-            keep_best(path)
+        return distributed.from_first(lambda: keep_if_saved(path))
 
 
 def check_best_metric(name: str | None, evaluator: Evaluator, model: Model, held_out: HeldOut | None) -> None:
@@ -199,6 +202,17 @@ def check_best_metric(name: str | None, evaluator: Evaluator, model: Model, held
         raise UserError(f"evaluation.best_metric={name}: is measured on held-out pairs: set data.val")
     if name is not None:
         evaluator.check_metric(name, model, VALIDATION if held_out else ())
+
+
+def keep_if_saved(path: Path) -> bool:
+    """Make best.ckpt a link to a checkpoint, and say whether that could be done."""
+    try:
+        if path.exists():
+            keep_best(path)
+            return True
+    except OSError as error:
+        log.error("%s cannot be kept as the best: %s", path, error)
+    return False
 
 
 def is_asked_to_stop(trainer: pl.Trainer) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import QUICK, in_processes, make_cache, make_data, make_objective, read_sample, write_tar
 from omegaconf import DictConfig
@@ -18,10 +19,14 @@ from test_one_tower import PICTURES
 from test_zero_shot import make_encoder
 
 from clipmini import train
-from clipmini.checkpoints.disk import checkpoint_step, list_checkpoints, load_checkpoint
+from clipmini.checkpoints.disk import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
 from clipmini.data.captions import caption_ids
+from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
+from clipmini.evaluation.evaluator import Evaluator
+from clipmini.evaluation.tasks import Protocol
 from clipmini.evaluation.validation import read_held_out, validate
+from clipmini.evaluation_callback import Evaluation
 
 Compose = Callable[..., DictConfig]
 # 30 pictures, and 14 to learn from.
@@ -109,6 +114,31 @@ def test_the_best_checkpoint_is_kept_over_a_resume(
     assert {int(step): float(loss) for step, loss in metrics(directory, "val/loss")} == losses
     assert list_checkpoints(directory / "checkpoints") == found
     assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
+
+
+def test_a_checkpoint_that_is_not_saved_is_not_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluation = Evaluation(
+        Evaluator([], Protocol(), 1, 0, "fp32"),
+        None,
+        ClipTokenizer(24),
+        output=tmp_path / "results.jsonl",
+        shown=tmp_path,
+        at_start=False,
+        every_n_steps=1,
+        best_metric="val/loss",
+        best=tmp_path / "best.ckpt",
+        weights="trained",
+    )
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for step, loss, is_saved, best in ((1, 3.0, True, 1), (2, 1.0, False, 1), (3, 2.0, True, 3), (4, 2.5, True, 3)):
+        path = checkpoint_path(tmp_path, step)
+        if is_saved:
+            path.mkdir()
+        evaluation.save_if_best(trainer, {"val/loss": loss}, step)
+        assert (tmp_path / "best.ckpt").resolve() == checkpoint_path(tmp_path, best)
+    assert evaluation.best_value == 2.0
+    assert "step 2: val/loss = 1.0000 is the best so far, but its checkpoint is not saved" in caplog.text
+    assert "step 2: val/loss = 1.0000 is the best so far, kept" not in caplog.text
 
 
 def test_results_of_steps_that_are_done_again_are_replaced(
