@@ -16,6 +16,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 
+from clipmini import distributed
 from clipmini.architecture import read_architecture
 from clipmini.checkpoints.disk import Damaged, find_newest_valid, load_checkpoint
 from clipmini.data.tokenizer import Tokenize, create_tokenizer
@@ -124,24 +125,38 @@ def load_start(pretrained: str, name: str | None) -> Source:
 
 
 def load_run(run: Path, weights: str = "trained") -> Source:
-    """Load the newest checkpoint of a run or, where all are deleted, what it exported."""
-    if newest := find_newest_valid(run / "checkpoints"):
-        return load_run_checkpoint(newest, weights)
+    """Load the newest checkpoint of a run or, where all are deleted, what it exported.
+
+    Raises:
+        UserError: there is none, or all that there are are damaged.
+    """
     exported = EXPORTED[weights]
-    if (run / exported / CONFIG_FILE).is_file():
+    has_exported = (run / exported / CONFIG_FILE).is_file()
+    try:
+        # The same in all processes: the run may be saving another one now.
+        newest = distributed.from_first(lambda: find_newest_valid(run / "checkpoints"))
+    except UserError as error:  # what it says is for who trains
+        hint = f"; {run / exported} is what the run exported" if has_exported else ""
+        raise UserError(f"model={run}: none of the checkpoints in {run / 'checkpoints'} is valid{hint}") from error
+    if newest is not None:
+        return load_run_checkpoint(newest, weights, verify=False)  # it has just been
+    if has_exported:
         return load_directory(run / exported)
     raise UserError(
         f"model={run}: neither a run (checkpoints/step-*.ckpt, {exported}/) nor an open_clip directory ({CONFIG_FILE})"
     )
 
 
-def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
+def load_run_checkpoint(path: Path, weights: str = "trained", *, verify: bool = True) -> Source:
     """Load a checkpoint of clipmini's, with the trained weights or their average.
+
+    Args:
+        verify: compare it with its manifest first.
 
     Raises:
         UserError: it cannot be read, has no average, or does not fit.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, verify=verify)
     # A head of views is in it too, and no part of the model.
     prefix, state = "model.", content["state_dict"].items()
     values = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
@@ -163,14 +178,14 @@ def load_run_checkpoint(path: Path, weights: str = "trained") -> Source:
     return Source(model, name, which, step, run, config if isinstance(config, dict) else None)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of clipmini's.
+def read_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of clipmini's; see `load_run_checkpoint`.
 
     Raises:
         UserError: it is damaged, or is none.
     """
     try:
-        content = load_checkpoint(path)
+        content = load_checkpoint(path, verify=verify)
     except Damaged as error:
         raise UserError(f"model={path}: {error}") from error
     except Exception as error:  # of pickle, zipfile: damage has no common class

@@ -17,6 +17,7 @@ from test_model import write_json
 from torch import Tensor
 
 from clipmini import sources
+from clipmini.checkpoints import disk
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
@@ -96,6 +97,23 @@ def test_a_run_is_its_newest_checkpoint(model: Model, tiny_json: Path, tmp_path:
         assert (found.name, found.weights, found.step, found.run) == ("run", "step 12", 12, tmp_path / "run")
         assert found.config == {"seed": 7}
     assert load_model(str(tmp_path / "run/checkpoints/best.ckpt")).step == 9
+
+
+def test_a_checkpoint_of_a_run_is_read_for_its_hash_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(model, tmp_path / "run/checkpoints/step-00000003.ckpt")
+    hashed, hash_file = [], disk.hash_file
+
+    def count(file: Path) -> str:
+        hashed.append(file)
+        return hash_file(file)
+
+    monkeypatch.setattr(disk, "hash_file", count)
+    load_model(str(tmp_path / "run"))
+    assert hashed == [path / "rank-00000.pt"]
+    load_model(str(path))
+    assert hashed == [path / "rank-00000.pt"] * 2
 
 
 def test_a_checkpoint_outside_a_run_has_no_run(model: Model, tmp_path: Path) -> None:

@@ -143,6 +143,17 @@ def test_a_damaged_checkpoint_is_refused(model: Model, tmp_path: Path) -> None:
         load_model(str(path))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(model: Model, tmp_path: Path) -> None:
+    path = save(model, tmp_path / "run/checkpoints/step-00000001.ckpt")
+    os.truncate(path / "rank-00000.pt", 1000)
+    told = f"^model={tmp_path}/run: none of the checkpoints in {tmp_path}/run/checkpoints is valid"
+    with pytest.raises(UserError, match=f"{told}$"):
+        load_model(str(tmp_path / "run"))
+    export_open_clip(model, tmp_path / "run/model")
+    with pytest.raises(UserError, match=f"{told}; {tmp_path}/run/model is what the run exported$"):
+        load_model(str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("content", [[1], {"state_dict": {}}, {"state_dict": {}, "global_step": 1}])
 def test_other_checkpoints_are_refused(content: Any, tmp_path: Path) -> None:
     save_checkpoint(content, tmp_path / "other.ckpt")
