@@ -272,3 +272,13 @@ def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
         match=r"data.val: 1 of 30 captions cannot be used, more than data.max_bad_fraction=0.01 allows: .*a.tar.*blank",
     ):
         read_held_out(data.manifest, data.store, data.content, seed=0, group_size=4, max_bad_fraction=0.01)
+
+
+def test_no_caption_that_can_be_used(tmp_path: Path) -> None:
+    samples = [{**sample, "txt": b" "} for sample in read_sample("train/noto-00000.tar", 30)]
+    write_tar(tmp_path / "a.tar", samples)
+    data = make_data(str(tmp_path / "a.tar"), make_cache(tmp_path), max_bad_fraction=1.0)
+    with pytest.raises(
+        UserError, match=r"data.val: none of the 30 captions can be used, and .*=1 allows .*a.tar.*blank"
+    ):
+        read_held_out(data.manifest, data.store, data.content, seed=0, group_size=4, max_bad_fraction=1.0)

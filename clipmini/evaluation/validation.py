@@ -78,6 +78,11 @@ def read_held_out(
             f"data.val: {len(faults)} of {manifest.num_samples} captions cannot be used, more than "
             f"data.max_bad_fraction={max_bad_fraction:g} allows: {'; '.join(faults[:3])}"
         )
+    if not texts:
+        raise UserError(
+            f"data.val: none of the {manifest.num_samples} captions can be used, and data.max_bad_fraction="
+            f"{max_bad_fraction:g} allows that, but there is nothing to compare: {'; '.join(faults[:3])}"
+        )
     by_name = {name: tuple(text[name] for text in texts) for name in texts[0]}
     return HeldOut(store, tuple(places), by_name, group_size)
 
