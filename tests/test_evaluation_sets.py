@@ -192,7 +192,7 @@ def test_winoground(tmp_path: Path) -> None:
 def test_broken_choices_are_refused(file: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
-        open_one(tmp_path, images=str(tmp_path))
+        open_one(tmp_path, images=str(tmp_path) if file == "add.json" else None)
 
 
 @pytest.mark.parametrize("images", [None, "/nowhere"])
@@ -278,6 +278,22 @@ def test_broken_yaml_files_are_refused(content: bytes, message: str, tmp_path: P
     (tmp_path / "s.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_entries([str(tmp_path / "s.yaml")], "datasets")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"split": "val"}, "split is not for the layout folder, which takes class_names, templates$"),
+        ({"group_key": "g"}, "group_key is not for the layout folder, which takes class_names, templates$"),
+        ({"label_key": "l"}, "label_key is not for the layout folder, which takes class_names, templates$"),
+        ({"layout": "shards", "group_key": "g"}, "group_key is not for the layout shards, which takes .*, label_key$"),
+        ({"layout": "winoground", "images": "i"}, "images is not for the layout winoground, which takes no such key$"),
+    ],
+)
+def test_keys_that_a_layout_has_no_use_for_are_refused(entry: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_folders(tmp_path, "imagenet/train/cat/1.jpg", "imagenet/val/cat/1.jpg")
+    with pytest.raises(UserError, match=f"^datasets={tmp_path}/imagenet: {message}"):
+        open_one(tmp_path / "imagenet", **entry)
 
 
 @pytest.mark.parametrize("layout", [None, "wds", "folder", "table", "sugarcrepe", "winoground"])

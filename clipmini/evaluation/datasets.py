@@ -54,10 +54,12 @@ def open_set(entry: SetEntry, key: str, *, with_train: bool = False) -> list[Ope
     """
     path = Path(entry.path)
     if is_shards(entry):
+        entry.check_layout("shards", key)
         return [open_shards(entry, key, with_train=with_train)]
     if not path.exists():
         raise UserError(f"{key}={entry.path}: there is no such file or directory{tell_neighbours(path)}")
     layout = entry.layout or find_layout(path, key)
+    entry.check_layout(layout, key)
     whole_name = path.resolve().stem if path.is_file() else path.resolve().name
     name = entry.name or (wds.set_name(path) if layout == "wds" else whole_name)
     common = {"name": name, "language": entry.language}
@@ -68,7 +70,7 @@ def open_set(entry: SetEntry, key: str, *, with_train: bool = False) -> list[Ope
         return [Opened(choices.read_winoground(path, **common))]
     if layout == "wds":
         if wds.read_type(path) == "retrieval":
-            return [Opened(wds.read_retrieval(path, entry.split, **common))]
+            return [Opened(wds.read_retrieval(path, entry.split or wds.SPLIT, **common))]
         return [open_wds(path, entry, name, with_train=with_train)]
     if layout == "folder":
         return [open_folder(path, entry, name, with_train=with_train)]
@@ -105,7 +107,7 @@ def open_wds(path: Path, entry: SetEntry, name: str, *, with_train: bool) -> Ope
     names, names_at = read_names(given[0], f"{name}.class_names")
     class_names, prompts = name_classes(names, names_at, given[1], name)
     with_train = with_train and wds.read_type(path) != "multilabel"  # which no probe learns from
-    splits = [(entry.split, entry.group_key), (entry.train or "train", None)]
+    splits = [(entry.split or wds.SPLIT, entry.group_key), (entry.train or "train", None)]
     parts = [
         wds.read_classification(
             path, split, class_names, prompts, name=name, group_key=group_key, language=entry.language

@@ -15,6 +15,16 @@ from clipmini.evaluation.wds import is_wds
 RELATIVE = ("path", "images", "class_names", "templates", "train")  # keys whose values may be paths
 Layout = Literal["wds", "folder", "table", "shards", "sugarcrepe", "winoground"]
 
+# What the layouts take beside path, name, layout, language and train: other keys would be passed over.
+KEYS: dict[Layout, tuple[str, ...]] = {
+    "wds": ("split", "class_names", "templates", "group_key"),
+    "folder": ("class_names", "templates"),
+    "table": ("class_names", "templates", "images", "image_key", "label_key", "caption_key", "group_key"),
+    "shards": ("class_names", "templates", "label_key"),
+    "sugarcrepe": ("images",),
+    "winoground": (),
+}
+
 
 @dataclass(frozen=True)
 class SetEntry:
@@ -28,7 +38,7 @@ class SetEntry:
         layout: None looks at what is there.
         class_names: `imagenet`, a list, a mapping of folders' names, or a file of them.
         templates: `imagenet`, `imagenet_simple`, a list, a mapping of classes to sentences, or a file of them.
-        split: of CLIP_benchmark's layout.
+        split: of CLIP_benchmark's layout; None takes test.
         train: the training part, for probes: a split of CLIP_benchmark's layout, else a path like that of the set.
         images: the directory that pictures' paths are relative to; None takes that of the table.
         image_key, label_key, caption_key: columns of a table; None looks at the first line. label_key also of a .json.
@@ -41,7 +51,7 @@ class SetEntry:
     layout: Layout | None = None
     class_names: str | list[Any] | dict[str, Any] | None = None
     templates: str | list[Any] | dict[str, Any] | None = None
-    split: str = "test"
+    split: str | None = None
     train: str | None = None
     images: str | None = None
     image_key: str | None = None
@@ -49,6 +59,20 @@ class SetEntry:
     caption_key: str | None = None
     group_key: str | None = None
     language: str = "en"
+
+    def check_layout(self, layout: Layout, key: str) -> None:
+        """See that only what a layout has is asked of it.
+
+        Args:
+            key: where the entry is in the config.
+
+        Raises:
+            UserError: there is a key that it has no use for.
+        """
+        for name in sorted({one for names in KEYS.values() for one in names} - set(KEYS[layout])):
+            if getattr(self, name) is not None:
+                known = ", ".join(KEYS[layout]) or "no such key"
+                raise UserError(f"{key}={self.path}: {name} is not for the layout {layout}, which takes {known}")
 
 
 def read_entries(value: Sequence[Any], key: str) -> list[SetEntry]:

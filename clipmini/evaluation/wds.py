@@ -28,6 +28,7 @@ TYPES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}  # an
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
+SPLIT = "test"  # that is judged by, if no other is asked for
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Sample:
 
 def is_wds(root: Path) -> bool:
     """Say whether a directory looks like this layout, complete or not."""
-    return any((root / name).exists() for name in (CLASS_NAMES, TEMPLATES, TYPE, "test/nshards.txt"))
+    return any((root / name).exists() for name in (CLASS_NAMES, TEMPLATES, TYPE, f"{SPLIT}/nshards.txt"))
 
 
 def set_name(root: Path) -> str:
