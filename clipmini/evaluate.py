@@ -16,7 +16,7 @@ from clipmini.ema import check_weights
 from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
-from clipmini.evaluation.details import write_details
+from clipmini.evaluation.details import import_parquet, write_details
 from clipmini.evaluation.encoder import MAX_UNREADABLE, check_precision, load_pictures, make_batches
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator, Result
@@ -31,6 +31,7 @@ from clipmini.watch import watch
 log = logging.getLogger(__name__)
 
 DETAILS_FORMATS = ("csv", "parquet")
+NOT_WATCHED = ("again", "architecture", "details", "clip_benchmark", "compare_to")
 
 
 def run(overrides: Sequence[str]) -> int:
@@ -65,10 +66,19 @@ def check_options(options: dict[str, Any]) -> None:
     check_weights(options["weights"], "weights")
     check_precision(options["precision"])
     check_choice("details_format", options["details_format"], DETAILS_FORMATS)
+    if options["details"] and options["details_format"] == "parquet":
+        import_parquet("details_format=parquet")
     if not options["datasets"]:
         raise UserError("datasets=[]: no set to evaluate on")
+    if options["model"] is None and not options["check"]:
+        raise UserError("model has no value: give it one, as in model=..., or only read the sets by check=true")
     if options["best_metric"] is not None and not options["watch"]:
         raise UserError(f"best_metric={options['best_metric']}: is for watch=true")
+    given = [f"{name}=" for name in NOT_WATCHED if options[name]]
+    if options["watch"] and given:
+        raise UserError(
+            f"watch=true: is without {', '.join(given)}: it writes to output= and the run's TensorBoard only"
+        )
     read_rows(Path(options["output"]))
 
 

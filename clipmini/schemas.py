@@ -159,7 +159,7 @@ class TrainConfig:
 class EvaluateConfig:
     """The keys of `clipmini evaluate`."""
 
-    model: str = MISSING
+    model: str | None = MISSING
     architecture: str | None = MISSING
     weights: str = MISSING
     datasets: list[Any] = MISSING

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_precision_of_the_model(model: Path, classification_set: Path, tmp_path:
 def test_check_reads_everything_without_a_model(
     classification_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert evaluate(tmp_path / "no-model", classification_set, tmp_path, "check=true") == 0
+    assert main(["evaluate", f"datasets=[{classification_set}]", "check=true", "num_workers=0"]) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out.replace("│", " "))
     assert "7 classes, 7 with pictures, 2 sentences each" in printed
     samples = read_sample("wds_twemoji/test/0.tar", 3)
@@ -127,6 +128,11 @@ def test_check_reads_everything_without_a_model(
         (["best_metric=a/acc1"], "best_metric=a/acc1: is for watch=true"),
         (["watch=true"], "watch=true needs the directory of a run"),  # and not of a model
         (["watch=true", "model=nowhere"], "watch=true needs the directory of a run"),
+        (
+            ["watch=true", "again=true", "details=d"],
+            "watch=true: is without again=, details=: it writes to output= and",
+        ),
+        (["model=null"], "model has no value: give it one, as in model=..., or only read the sets by check=true"),
         (["watch=true", "best_metric=seven/acc"], "no such metric (did you mean '"),
         (["poll_seconds=0"], "poll_seconds=0.0: must be above 0"),
         (["bootstrap_resamples=many"], "bootstrap_resamples: Value 'many' of type 'str' could not be converted"),
@@ -149,6 +155,20 @@ def test_bad_input(
     printed = capsys.readouterr().err
     assert code == 2 and printed.startswith("clipmini: ") and message in printed, printed
     assert "Traceback" not in printed and list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_could_not_be_written_is_told_before_anything_is_measured(
+    model: Path,
+    classification_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python does with a package that is not there
+    assert evaluate(model, classification_set, tmp_path, f"details={tmp_path}/d", "details_format=parquet") == 2
+    assert "details_format=parquet: parquet needs pyarrow: pip install 'clipmini[par" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_prints_the_keys(capsys: pytest.CaptureFixture) -> None:

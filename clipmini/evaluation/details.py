@@ -122,9 +122,22 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
         write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
         return
+    pyarrow = import_parquet(str(path))
+    table = pyarrow.Table.from_pylist(list(rows))
+    write_atomically(path, lambda file: pyarrow.parquet.write_table(table, file))
+
+
+def import_parquet(at: str) -> Any:
+    """Import pyarrow with its module for parquet.
+
+    Args:
+        at: what needs it, for messages.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
-        import pyarrow
-        from pyarrow.parquet import write_table as write
+        import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
-    write_atomically(path, lambda file: write(pyarrow.Table.from_pylist(list(rows)), file))
+        raise UserError(f"{at}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
+    return pyarrow
