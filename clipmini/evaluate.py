@@ -16,13 +16,14 @@ from clipmini.ema import check_weights
 from clipmini.errors import UserError, check_choice
 from clipmini.evaluation.cache import FeatureCache
 from clipmini.evaluation.datasets import Opened, open_sets
-from clipmini.evaluation.details import import_parquet, write_details
+from clipmini.evaluation.details import write_details
 from clipmini.evaluation.encoder import MAX_UNREADABLE, check_precision, load_pictures, make_batches
 from clipmini.evaluation.entries import read_entries
 from clipmini.evaluation.evaluator import Evaluator, Result
 from clipmini.evaluation.published import check_published, log_comparison
 from clipmini.evaluation.results import add_row, log_results, read_rows, write_clip_benchmark
 from clipmini.evaluation.sets import ClassificationSet
+from clipmini.evaluation.tables import import_parquet
 from clipmini.evaluation.tasks import make_protocol
 from clipmini.model import count_parameters, image_size
 from clipmini.sources import Source, load_model

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from clipmini.errors import UserError
 from clipmini.evaluation.examples import show_examples
 from clipmini.evaluation.metrics import Estimate
 from clipmini.evaluation.results import Row, file_name, number
 from clipmini.evaluation.sets import ClassificationSet, EvaluationSet
+from clipmini.evaluation.tables import import_parquet
 from clipmini.evaluation.tasks import Finding
 from clipmini.files import write_atomically
 
@@ -125,19 +125,3 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     pyarrow = import_parquet(str(path))
     table = pyarrow.Table.from_pylist(list(rows))
     write_atomically(path, lambda file: pyarrow.parquet.write_table(table, file))
-
-
-def import_parquet(at: str) -> Any:
-    """Import pyarrow with its module for parquet.
-
-    Args:
-        at: what needs it, for messages.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{at}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
-    return pyarrow

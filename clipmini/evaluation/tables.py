@@ -81,11 +81,23 @@ def read_json_lines(path: Path) -> list[Row]:
 
 
 def read_parquet(path: Path) -> list[Row]:
+    return import_parquet(str(path)).parquet.read_table(path).to_pylist()
+
+
+def import_parquet(at: str) -> Any:
+    """Import pyarrow with its module for parquet.
+
+    Args:
+        at: what needs it, for messages.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
-        from pyarrow.parquet import read_table as read
+        import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
-    return read(path).to_pylist()
+        raise UserError(f"{at}: parquet needs pyarrow: pip install 'clipmini[parquet]'") from error
+    return pyarrow
 
 
 def choose_column(rows: Sequence[Row], given: str | None, known: Sequence[str], key: str, at: Path) -> str | None:
