@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Server:
 
     `refuse` (503), `forbid` (403), `half` (the connection ends in the middle), `short` (half a file as if it were all),
     `html` (a page with status 200), `stall` (nothing more comes after a part), `slow` (a second for a file).
+    A directory's index.html lists it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,6 +35,7 @@ class Server:
         self.requests: Counter[str] = Counter()
         self.stopped = threading.Event()
         self.has_lengths = True
+        self.has_etags = True
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,6 +59,7 @@ class Server:
     def answer(self, request: BaseHTTPRequestHandler, *, has_body: bool) -> None:
         name = request.path.lstrip("/").split("?")[0]
         path = self.directory / name
+        path = path / "index.html" if path.is_dir() else path
         fault = ""
         if has_body:
             self.requests[name] += 1
@@ -70,7 +74,9 @@ class Server:
         request.send_response(200)
         if self.has_lengths:
             request.send_header("Content-Length", str(len(data)))
-            request.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+            changed = path.stat().st_mtime_ns
+            name, value = ("ETag", f'"{changed}"') if self.has_etags else ("Last-Modified", formatdate(changed / 1e9))
+            request.send_header(name, value)
         else:
             request.send_header("Connection", "close")
         request.end_headers()

@@ -118,13 +118,18 @@ def test_equal_base_names_are_kept_apart(tmp_path: Path) -> None:
             assert store.read(shard, 0) == {"webp": sample["webp"], "txt": sample["txt"]}
 
 
-def test_a_changed_shard_is_fetched_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_etags", [True, False])
+def test_a_changed_shard_is_fetched_again(has_etags: bool, tmp_path: Path) -> None:
     samples = read_sample("train/noto-00000.tar", 2)
     path = write_tar(tmp_path / "www/a.tar", samples[:1])
     cache = make_cache(tmp_path / "cache")
     with serve(tmp_path / "www") as server:
-        cache.fetch(shard_of(server, "a.tar", cache))
+        server.has_etags = has_etags
+        before = shard_of(server, "a.tar", cache)
+        cache.fetch(before)
         write_tar(path, samples[1:])
+        os.utime(path, (time.time() + 5,) * 2)  # a date has whole seconds
+        assert path.stat().st_size == before.size  # as of most tars: they are padded
         assert cache.fetch(shard_of(server, "a.tar", cache)).read_bytes() == path.read_bytes()
 
 

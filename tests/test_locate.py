@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import make_cache, read_sample, write_tar
 from servers import serve
 
 from clipmini.data.index import PairFormat, Shard
-from clipmini.data.locate import base_name, beside, locate, parent
+from clipmini.data.locate import base_name, beside, describe, locate, parent
 from clipmini.data.manifest import read_manifest
 from clipmini.errors import UserError
 
@@ -124,6 +125,19 @@ def test_shards_of_a_web_server(shards: Path, tmp_path: Path) -> None:
             find(f"{server.url}/{{a..d}}.tar", tmp_path)
         kept = find(f"{server.url}/{{c..d}}.tar", tmp_path, keep_missing=True)
         assert [shard.version == "" for shard in kept] == [False, True]
+
+
+def test_a_glob_of_a_web_server_tells_as_much_as_names(shards: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(shards, tmp_path / "www"))
+    (root / "index.html").write_text("".join(f'<a href="{name}.tar">{name}</a>' for name in "abc"))
+    with serve(root) as server:
+        assert find(f"{server.url}/*.tar", tmp_path) == find(f"{server.url}/{{a..c}}.tar", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["blob_id", "xet_hash"])
+def test_versions_of_hugging_face(name: str) -> None:
+    entry = {"name": "datasets/a/b/a.tar", "size": 10240, "type": "file", "last_commit": None, name: "0123"}
+    assert describe("hf://datasets/a/b/a.tar", entry) == Shard("hf://datasets/a/b/a.tar", -1, 10240, "0123")
 
 
 def test_server_that_is_not_there_is_one_message(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from clipmini.files import tell_neighbours
 
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 REQUESTS = 32  # at a time, where each shard has to be asked for by itself
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified")
+# What tells of a change, in the words of each file system; the size, which is padded, may stay as it is.
+DATES = ("mtime", "LastModified", "last_modified", "Last-Modified")
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", *DATES, "blob_id", "xet_hash")
 
 
 def locate(
@@ -168,10 +170,10 @@ def list_url(url: str, ask: Callable[..., Any], file_system: Any) -> list[Shard]
 
 
 def describe(url: str, entry: Mapping[str, Any]) -> Shard:
-    """Describe a file by what its file system says of it."""
+    """Describe a file by what its file system says of it; without a version if that is less than its size."""
     size = entry.get("size")
     version = next((str(entry[name]) for name in VERSION_KEYS if entry.get(name) is not None), "")
-    return Shard(url, -1, -1 if size is None else int(size), version or f"size {size}")
+    return Shard(url, -1, -1, version) if size is None else Shard(url, -1, int(size), version or f"size {size}")
 
 
 def split_query(path: str) -> tuple[str, str]:
