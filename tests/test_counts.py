@@ -206,6 +206,31 @@ def test_index_of_a_directory_that_is_read_only_goes_to_the_cache(open_directory
     assert count(shards, cache) == [29, 20, 14]
 
 
+def test_of_what_two_indexes_keep_of_a_shard_the_newer_is_believed_and_only_if_it_is_of_now(
+    copy: Path, tmp_path: Path
+) -> None:
+    count(copy, tmp_path / "cache", again=True)
+    store = make_cache(tmp_path / "cache")
+    found = locate(str(copy), "data.train", store.remote, allow_pipe=False)
+    beside, cached = counts.KeptCounts(found, FORMAT, store).paths
+    kept = json.loads(beside.read_text())
+    cached.parent.mkdir()
+
+    def keep(path: Path, age: int, pairs: int, **changes: str) -> None:
+        size, version, _, damage = kept["txt"]["a.tar"]
+        entry = [size, changes.get("version", version), pairs, damage]
+        path.write_text(json.dumps({"txt": {**kept["txt"], "a.tar": entry}}))
+        os.utime(path, (time.time() - age,) * 2)
+
+    keep(beside, 100, 28)
+    keep(cached, 50, 29)  # as `shards index` does where the directory can no longer be written
+    assert count(copy, tmp_path / "cache") == [29, 20, 14]
+    keep(beside, 0, 28)
+    assert count(copy, tmp_path / "cache") == [28, 20, 14]
+    keep(beside, 0, 28, version="0")  # of a shard that has changed since
+    assert count(copy, tmp_path / "cache") == [29, 20, 14]
+
+
 def test_index_that_can_be_kept_nowhere_is_an_error(open_directory: Path, nobody: None) -> None:
     (open_directory / "cache/counts").write_text("a file in its place")
     with pytest.raises(UserError, match="the counts cannot be kept .*: set paths.cache"):

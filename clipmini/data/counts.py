@@ -165,15 +165,14 @@ class KeptCounts:
             self.name = lambda shard: base_name(shard.path)
 
     def read(self) -> dict[str, Count]:
-        """Return the counts of the shards that are as they were, by path."""
-        kept: dict[str, Any] = {}
-        for path in reversed(self.paths):
-            kept |= self.read_file(path)
+        """Return the counts of the shards that are as they were, by path; where two files tell, by the newer one."""
         found = {}
-        for shard in self.shards:
-            match kept.get(self.name(shard)):
-                case [shard.size, shard.version, int(num_pairs), str(damage)] if shard.version and num_pairs >= 0:
-                    found[shard.path] = Count(num_pairs, damage)
+        for path in sorted(self.paths, key=modified):
+            kept = self.read_file(path)
+            for shard in self.shards:
+                match kept.get(self.name(shard)):
+                    case [shard.size, shard.version, int(num_pairs), str(damage)] if shard.version and num_pairs >= 0:
+                        found[shard.path] = Count(num_pairs, damage)
         return found
 
     def read_file(self, path: Path) -> dict[str, Any]:
@@ -209,6 +208,13 @@ def name_of(path: str) -> str:
     """Return a path to keep: without the credentials of an address, and with a hash where it had some."""
     clean = redact_addresses(path)
     return path if clean == path else f"{clean}#{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+
+
+def modified(path: Path) -> float:
+    """Return when a file was written, seconds; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def read_json(path: Path) -> dict[str, Any]:
