@@ -149,6 +149,16 @@ def test_a_reader_that_is_stuck_ends_in_a_message(shards: Path, tmp_path: Path) 
         worker.kill()  # as a run does at its end: it leaves SIGTERM to the main process, and waits for a lock
 
 
+def test_shards_that_are_trained_on_are_not_held_out_under_another_name(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(shards)
+    monkeypatch.chdir(shards.parent)
+    for val in (shards.name, f"./{shards.name}", str(tmp_path / "link/b.tar"), f"file://{shards}"):
+        with pytest.raises(UserError, match=r"data.val: .*[ab].tar is a shard of data.train too"):
+            load(shards, tmp_path, val=val)
+
+
 def test_batch_larger_than_the_data(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size=65 is larger than the data: data.train has 64 pairs"):
         load(shards, tmp_path, batch_size=65)

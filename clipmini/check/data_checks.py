@@ -1,7 +1,6 @@
 """A probe of the training data: what the run would read first, decoded as it would be."""
 
 import hashlib
-import os
 import statistics
 import time
 from collections import Counter
@@ -13,8 +12,8 @@ from clipmini.check.findings import Findings
 from clipmini.data.health import WINDOW, Fault
 from clipmini.data.index import IMAGE_EXTENSIONS
 from clipmini.data.loader import ImageTextData
+from clipmini.data.locate import real_path
 from clipmini.data.picture import Picture
-from clipmini.data.remote import is_remote
 from clipmini.data.tokenizer import Tokenize, count_tokens
 
 PROBED = 1000  # samples
@@ -188,7 +187,7 @@ def check_sources(data: ImageTextData, steps: int, findings: Findings) -> None:
     else:
         findings.ok("data.mixture", f"seen: {told}")
     shards = [shard.path for source in data.manifest.sources for shard in source.shards]
-    paths = Counter(path if is_remote(path) else os.path.realpath(path) for path in shards)
+    paths = Counter(map(real_path, shards))
     twice = [path for path, count in paths.items() if count > 1]
     if twice:
         findings.warn("data.shards", f"data.train names {len(twice)} shards twice, first {twice[0]}")

@@ -18,6 +18,7 @@ from clipmini.data.dataset import BAD, ERROR, Batch, PairDataset
 from clipmini.data.decode import Decoder
 from clipmini.data.features import FeatureStore, TeacherFeatures
 from clipmini.data.health import Health
+from clipmini.data.locate import real_path
 from clipmini.data.manifest import Manifest, read_manifest
 from clipmini.data.plan import Plan
 from clipmini.data.processes import leave_signals_to_main
@@ -338,9 +339,9 @@ def find_held_out(
         return None
     assert store.cache is not None
     held_out = read_manifest(val, store.pair_format, store.cache, allow_pipe=allow_pipe, part="val")
-    trained = {shard.path for source in train.sources for shard in source.shards}
+    trained = {real_path(shard.path) for source in train.sources for shard in source.shards}
     for path in (shard.path for source in held_out.sources for shard in source.shards):
-        if path in trained:
+        if real_path(path) in trained:
             raise UserError(f"data.val: {path} is a shard of data.train too, so that it would not be held out")
     return held_out
 

@@ -187,6 +187,11 @@ def parent(path: str) -> str:
     return split_query(path)[0].rsplit("/", 1)[0] if is_remote(path) else os.path.dirname(path) or "."
 
 
+def real_path(path: str) -> str:
+    """Return the one path of a shard that may be named in many ways; what is remote has as many as names."""
+    return path if is_remote(path) else os.path.realpath(path)
+
+
 def base_name(path: str) -> str:
     """Return the last part of a shard's path."""
     return split_query(path)[0].rsplit("/", 1)[-1]
