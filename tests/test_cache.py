@@ -300,6 +300,18 @@ def test_pipes_are_fetched_like_all_else(shards: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == (shards / "a.tar").read_bytes()
 
 
+def test_a_file_that_others_delete_while_it_is_fetched_is_no_shard_that_is_gone(
+    shards: Path, tmp_path: Path, short_pauses: None
+) -> None:
+    cache, delete = make_cache(tmp_path / "cache"), f"rm {tmp_path}/cache/shards/*.part"  # as a second node would
+    path = cache.fetch(Shard(f"pipe:cat {shards}/a.tar; mkdir {tmp_path}/once 2>&- && {delete} || true", -1))
+    assert path.read_bytes() == (shards / "a.tar").read_bytes()
+    with pytest.raises(
+        UserError, match=r"part was deleted while .*: paths.cache=.*/cache must be .* of one node; tried 3 times"
+    ):
+        cache.fetch(Shard(f"pipe:cat {shards}/a.tar; {delete}", -1))
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

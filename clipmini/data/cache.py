@@ -158,10 +158,14 @@ class ShardCache:
                 check_content(part, shard)
                 sync(part)
                 self.take_in(part, path)
-            except PermissionError as error:
-                if str(error.filename).startswith(str(self.directory)):
+            except (PermissionError, FileNotFoundError) as error:
+                if not str(error.filename).startswith(str(self.directory)):
+                    raise
+                if isinstance(error, PermissionError):
                     raise UserError(f"{self.told}: cannot be written: {error}") from error
-                raise
+                # The locks keep out the processes of one node, and not always those of others.
+                reason = f"{error.filename} was deleted while it was fetched"
+                raise WrongContent(f"{reason}: {self.told} must be a directory of one node") from error
             finally:
                 part.unlink(missing_ok=True)
 
