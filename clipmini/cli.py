@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit code: 0 done, 1 defects were found, 2 something that the user can fix, 130 Ctrl-C; of `train` also 85
-        when it was asked to stop and has saved, and 1 when another process was lost.
+        The exit code: 0 done, 1 defects were found, 2 something that the user can fix, 130 Ctrl-C, 141 nobody reads the
+        output any more; of `train` also 85 when it was asked to stop and has saved, and 1 when another process was
+        lost.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no text must not end what prints it
     parser = argparse.ArgumentParser(
         prog="clipmini",
         description="Train CLIP-style image-text models.",
@@ -70,13 +76,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command not in COMMANDS:
             raise UserError(f"{parsed.command}: no such command{tell_choices(parsed.command, COMMANDS)}")
-        return train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
+        code = train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
+        sys.stdout.flush()  # at the end of the interpreter it would be too late to tell why that fails
+        return code
+    except BrokenPipeError as error:
+        return leave_output(error)
     except UserError as error:
         print(f"clipmini: {redaction.redact_message(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("clipmini: interrupted", file=sys.stderr)
         return 130
+
+
+def leave_output(error: BrokenPipeError) -> int:
+    """Write no more to a pipe that nobody reads, as behind `| head`; return what a shell says of programs that it ends.
+
+    Raises:
+        BrokenPipeError: the error itself, if it is not about the output.
+    """
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)  # for nothing but errors
+    if not poll.poll(0):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # for what is left in the buffer
+    return 128 + signal.SIGPIPE
 
 
 def run_command(parsed: argparse.Namespace) -> int:

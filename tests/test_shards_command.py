@@ -1,7 +1,11 @@
 """`clipmini shards` as a user meets it: plan, index, usage, one message for what is wrong."""
 
 import csv
+import io
 import json
+import os
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,34 @@ def test_own_experiments_are_found(shards: Path, tmp_path: Path, capsys: pytest.
     assert (code, err) == (0, "") and [line.split("\t")[:3] for line in out.splitlines()[1:]] == [
         ["7", str(position), "train"] for position in (18, 19, 20)
     ]
+
+
+def test_a_reader_that_has_enough_ends_the_plan(
+    tiny_json: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    overrides = [*QUICK, f"model.name={tiny_json}", f"paths.cache={tmp_path}/cache", f"data.train={shards}"]
+    for steps in ("1", "1:300"):  # less than a pipe's buffer, and more
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert cli.main(["shards", "plan", *overrides, f"range={steps}"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_names_that_are_no_text_are_printed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    names = [b"caf\xe9.txt", b"later.txt"]  # Latin-1
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name.decode("latin-1")), io.BytesIO())
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="utf-8", errors="strict"))
+    arguments = [f"data.train={tmp_path}/a.tar", f"paths.cache={tmp_path}/cache", "data.num_workers=1"]
+    assert cli.main(["shards", "verify", *arguments]) == 1
+    keys = {line.split("\t")[1] for line in output.getvalue().decode().splitlines()}
+    assert keys == {r"caf\udce9", "later"}
 
 
 @pytest.mark.parametrize("range_", ["", "3:2", "0:3", "a:b", "-1", "1:2:3", "1.5"])
