@@ -164,22 +164,6 @@ def test_batch_larger_than_the_data(shards: Path, tmp_path: Path) -> None:
         load(shards, tmp_path, batch_size=65)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("num_workers", -1, "data.num_workers=-1: must be 0 or more"),
-        ("prefetch_factor", 0, "data.prefetch_factor=0: must be 1 or more"),
-        ("timeout", 0.0, "data.timeout=0.0: must be 0.1 or more"),
-        ("max_member_bytes", 0, "data.max_member_bytes=0: must be 1 or more"),
-        ("max_pixels", 10**9, "data.max_pixels=1000000000: must be from 1 to 178956970"),
-        ("max_bad_fraction", 1.5, "data.max_bad_fraction=1.5: must be from 0 to 1"),
-    ],
-)
-def test_limits(name: str, value: float, message: str, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        load(shards, tmp_path, **{name: value})
-
-
 def test_workers_by_default_leave_a_core_for_training() -> None:
     assert [default_num_workers(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 8]
 

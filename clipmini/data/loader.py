@@ -1,8 +1,9 @@
 """Batches for the trainer: the plan's positions, read and decoded by workers, resumable at any step."""
 
+import math
 import time
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -27,6 +28,8 @@ from clipmini.data.tokenizer import Tokenize
 from clipmini.data.workers import read_batches
 from clipmini.errors import UserError
 from clipmini.lengths import count_used, round_up
+
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # what Pillow itself takes
 
 
 def default_num_workers(num_cores: int) -> int:
@@ -201,7 +204,7 @@ class ImageTextData(pl.LightningDataModule):
         cached_features: whether pictures are encoded once, see `clipmini.locked_features`.
 
     Raises:
-        UserError: no shards, no pairs, values out of range, or nothing of what the loss compares.
+        UserError: no shards, no pairs, or nothing of what the loss compares.
     """
 
     def __init__(
@@ -218,13 +221,13 @@ class ImageTextData(pl.LightningDataModule):
         draft: Literal["auto", "off"],
         shuffle_streams: int,
         shuffle_block: int,
-        max_member_bytes: int,
-        max_pixels: int,
-        max_bad_fraction: float,
-        num_workers: int | None,
+        max_member_bytes: Annotated[int, Limits(least=1)],
+        max_pixels: Annotated[int, Limits(least=1, most=MOST_PIXELS)],
+        max_bad_fraction: Annotated[float, Limits(least=0, most=1)],
+        num_workers: Annotated[int | None, Limits(least=0)],
         start_method: Literal["fork", "forkserver", "spawn"] | None,
-        prefetch_factor: int,
-        timeout: float,
+        prefetch_factor: Annotated[int, Limits(least=1)],
+        timeout: Annotated[float, Limits(least=0.1)],
         cache: ShardCache,
         allow_pipe: bool,
         ledger: bool,
@@ -236,8 +239,6 @@ class ImageTextData(pl.LightningDataModule):
         cached_features: bool,
     ) -> None:
         super().__init__()
-        check_workers(num_workers, prefetch_factor, timeout)
-        check_data_limits(max_member_bytes, max_pixels, max_bad_fraction)
         self.content = Content.choose(terms, all_views, caption_key, second_caption_key, hard_negatives, extra_views)
         self.store = ShardStore(self.content.pair_format, cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
@@ -367,26 +368,3 @@ def check_same_each_time(augmentation: Augmentation, content: Content) -> None:
             "data.cached_features=true: a picture would have other features each time: set data.augmentation to "
             "what is the same (scale=[1.0,1.0], ratio=[1.0,1.0] and nothing else), without further views"
         )
-
-
-def check_workers(num_workers: int | None, prefetch_factor: int, timeout: float) -> None:
-    """See that loader processes can work so.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-    Limits(least=0).check("data.num_workers", num_workers, int | None)
-    Limits(least=1).check("data.prefetch_factor", prefetch_factor)
-    Limits(least=0.1).check("data.timeout", timeout)
-
-
-def check_data_limits(max_member_bytes: int, max_pixels: int, max_bad_fraction: float) -> None:
-    """See that what is refused, and how much of it, can be meant.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-    Limits(least=1).check("data.max_member_bytes", max_member_bytes)
-    most = 2 * (Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow's own limit
-    Limits(least=1, most=most).check("data.max_pixels", max_pixels)
-    Limits(least=0, most=1).check("data.max_bad_fraction", max_bad_fraction)
