@@ -115,6 +115,15 @@ def test_second_captions_that_cannot_be_used(many: list, detail: str) -> None:
     members = {"json": json.dumps({"name": "x", "many": many}).encode()}
     with pytest.raises(Fault, match=detail):
         captions.draw_all(members, Draws(0, 0), Draws(0, 0, 3))
+    (fault,) = captions.faults(members)
+    assert fault.cause == "caption" and fault.detail.startswith(detail)
+
+
+def test_second_captions_are_verified_with_every_first_one() -> None:
+    captions = Captions.from_key({"name": 0.5, "many": 0.5}, None, "many")
+    for many, is_right in ((["x", "y"], True), (["x", "x"], False), (["z"], False), ("x", True)):
+        members = {"json": json.dumps({"name": "x", "many": many}).encode()}
+        assert [fault.detail for fault in captions.faults(members)] == ["many has no second caption"] * (not is_right)
 
 
 def test_without_captions_nothing_is_drawn() -> None:

@@ -112,11 +112,20 @@ class Captions:
             return first
         value = read_value(members, self.second_key)
         if isinstance(value, list):
-            others = [caption for caption in value if not isinstance(caption, str) or caption.strip() != first]
-            if not others:
-                raise Fault("caption", f"{self.second_key} has no second caption")
+            others = self.list_others(value, first)
             value = others[draws.below(len(others))]
         return check_caption(value, self.second_key)
+
+    def list_others(self, captions: Sequence[Any], first: str) -> list[Any]:
+        """Return what a list of captions holds beside the first one.
+
+        Raises:
+            Fault: nothing.
+        """
+        others = [caption for caption in captions if not isinstance(caption, str) or caption.strip() != first]
+        if not others:
+            raise Fault("caption", f"{self.second_key} has no second caption")
+        return others
 
     def draw_negative(self, members: Mapping[str, bytes], draws: Draws) -> str:
         """Return one of the hard negatives, each as likely; blank if the sample has none.
@@ -160,6 +169,20 @@ class Captions:
                 check_caption(caption, key)
             except Fault as fault:
                 yield fault
+        yield from self.second_faults(members)
+
+    def second_faults(self, members: Mapping[str, bytes]) -> Iterator[Fault]:
+        """Yield that a list of captions has no second one, where that could be so when the first is drawn."""
+        if self.second_key in (None, SAME):
+            return
+        with contextlib.suppress(Fault):  # told as that of any caption
+            value = read_value(members, str(self.second_key))
+            for first in self.list_first(members) if isinstance(value, list) and value else []:
+                try:
+                    self.list_others(value, first)
+                except Fault as fault:
+                    yield fault
+                    return
 
 
 def member_of(key: str) -> str:
