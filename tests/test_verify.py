@@ -118,6 +118,7 @@ def test_damaged_tars(shards: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w"):
         pass
     assert find(tmp_path / "x.tar", tmp_path) == [("", "damaged_shard", "is empty")]
+    assert find(tmp_path / "x.tar", tmp_path, count=0) == []  # as `pack` tells where no sample could be used
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
         archive.add(shards / "a.tar", "a.jpg")
     assert "compressed by gzip" in find(tmp_path / "x.tar", tmp_path)[0][2]
