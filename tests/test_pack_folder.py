@@ -44,6 +44,15 @@ def test_a_folder_takes_captions_from_beside_the_pictures(image: Image.Image, tm
     ]
 
 
+def test_what_is_beside_a_picture_is_found_in_any_case_of_its_extension(image: Image.Image, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    upper = {"JPG": encode(image), "TXT": b"loud", "JSON": b'{"k": 1}'}
+    write_folder(source, [{"__key__": "IMG", **upper}, {"__key__": "both", **upper, "txt": b"quiet"}])
+    run_pack(source, tmp_path / "output")
+    assert captions(tmp_path / "output") == ["loud", "quiet"]
+    assert metadata(tmp_path / "output") == [{"k": 1, "source": f"{name}.JPG"} for name in ("IMG", "both")]
+
+
 def test_captions_without_a_picture_are_told(
     image: Image.Image, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

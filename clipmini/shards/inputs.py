@@ -129,30 +129,37 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class FolderPart(Part):
-    """Some pictures of a folder, each with the files beside it."""
+    """Some pictures of a folder, each with the files beside it.
+
+    Attributes:
+        files: relative paths of a picture, of its .txt, which may be missing, and of its .json, if it has one.
+    """
 
     root: str
-    paths: Sequence[str]  # relative
+    files: Sequence[tuple[str, str, str | None]]
     caption_key: str | None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __iter__(self) -> Iterator[Item]:
-        for path in self.paths:
-            yield path, functools.partial(self.load, os.path.join(self.root, path))
+        for picture, text, metadata in self.files:
+            yield picture, functools.partial(self.load, picture, text, metadata)
 
-    def load(self, path: str) -> Sample:
+    def load(self, picture: str, text: str, metadata: str | None) -> Sample:
         """Read a picture and the files beside it."""
-        stem = os.path.splitext(path)[0]
-        caption = "" if self.caption_key is None else check_caption(self.read_caption(path, stem))
-        metadata = plain(read_metadata(read_file(f"{stem}.json", "json"))) if os.path.exists(f"{stem}.json") else {}
-        return Sample(read_file(path, "picture"), caption, metadata)
+        caption = "" if self.caption_key is None else check_caption(self.read_caption(picture, text))
+        known = {} if metadata is None else plain(read_metadata(self.read(metadata, "json")))
+        return Sample(self.read(picture, "picture"), caption, known)
 
-    def read_caption(self, path: str, stem: str) -> str | bytes:
+    def read_caption(self, picture: str, text: str) -> str | bytes:
         if self.caption_key == "txt":
-            return read_file(f"{stem}.txt", "caption")
-        return os.path.basename(os.path.dirname(os.path.abspath(path))).replace("_", " ")
+            return self.read(text, "caption")
+        folder = os.path.dirname(os.path.abspath(os.path.join(self.root, picture)))
+        return os.path.basename(folder).replace("_", " ")
+
+    def read(self, path: str, cause: str) -> bytes:
+        return read_file(os.path.join(self.root, path), cause)
 
 
 def open_folder(root: str, caption_key: str | None, samples_per_shard: int) -> Input:
@@ -170,15 +177,15 @@ def open_folder(root: str, caption_key: str | None, samples_per_shard: int) -> I
         hint = did_you_mean(caption_key, ("txt", "folder"))
         raise UserError(f"caption_key={caption_key}: of a folder of pictures it is txt or folder{hint}")
     paths: list[str] = []
-    texts: set[str] = set()
+    beside: dict[str, str] = {}  # paths of .txt and .json by what they are in lower case
 
     def find() -> Iterator[tuple[str, os.stat_result | None]]:
         for path, status in walk_folder(root, frozenset()):
-            extension = os.path.splitext(path)[1][1:].lower()
+            stem, extension = split_path(path)
             if extension in IMAGE_EXTENSIONS:
                 paths.append(path)
-            if extension == "txt":
-                texts.add(os.path.splitext(path)[0])
+            elif extension in KEPT and status:
+                beside[f"{stem}.{extension}"] = path
             if extension in KEPT:
                 yield path, status
 
@@ -186,13 +193,21 @@ def open_folder(root: str, caption_key: str | None, samples_per_shard: int) -> I
     if not paths:
         extensions = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
         raise UserError(f"input={root}: no pictures ({extensions}) and no .tar files in it")
-    paths.sort()
-    starts = range(0, len(paths), samples_per_shard)
-    parts = [FolderPart(root, paths[start : start + samples_per_shard], caption_key) for start in starts]
-    lonely = texts - {os.path.splitext(path)[0] for path in paths} if caption_key == "txt" else set()
+    stems = [(path, split_path(path)[0]) for path in sorted(paths)]
+    files = [(path, beside.get(f"{stem}.txt", f"{stem}.txt"), beside.get(f"{stem}.json")) for path, stem in stems]
+    starts = range(0, len(files), samples_per_shard)
+    parts = [FolderPart(root, files[start : start + samples_per_shard], caption_key) for start in starts]
+    texts = {name for name in beside if name.endswith(".txt")} if caption_key == "txt" else set()
+    lonely = texts - {f"{stem}.txt" for _, stem in stems}
     return Input(
         "pictures", len(paths), digest, parts, dropped={".txt without a picture": len(lonely)} if lonely else {}
     )
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Split a path into what files beside each other share, and the extension in lower case, without its dot."""
+    stem, extension = os.path.splitext(path)
+    return stem, extension[1:].lower()
 
 
 def check_apart(path: str, output: Path) -> None:
