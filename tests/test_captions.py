@@ -70,6 +70,11 @@ def test_every_caption_that_could_be_drawn_is_verified() -> None:
     assert [fault.detail for fault in faults] == ["many is blank", "many is int, not text"]
 
 
+def test_a_key_that_is_a_number_is_a_name() -> None:
+    captions = Captions.from_key({1: 1.0}, None, "same")  # type: ignore[dict-item]  # as yaml reads {1:1.0}
+    assert captions.draw_all({"json": b'{"1": "one"}'}, Draws(0, 0), Draws(0, 1)) == {"text": "one", "text_2": "one"}
+
+
 @pytest.mark.parametrize("key", [{"txt": 0.5}, {"txt": 1.5, "name": -0.5}, {}])
 def test_probabilities_must_add_up(key: dict) -> None:
     with pytest.raises(UserError, match="data.caption_key=.*must be positive and add up to 1"):

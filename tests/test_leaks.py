@@ -215,6 +215,7 @@ def test_damaged_shards_are_counted(
         ({"eval": "nowhere"}, "eval=nowhere: there is no such file or directory"),
         ({"eval": "[]"}, "eval=[]: no set to look for"),
         ({"eval": 3}, "eval[0]: expected a path"),
+        ({"train": 2023}, "train=2023: expected a path or a list of paths"),
     ],
 )
 def test_what_is_wrong_is_one_message(

@@ -34,6 +34,8 @@ def test_mapping_of_sources_with_weights(shards: Path, tmp_path: Path) -> None:
         ({}, "data.train={}: no shards"),
         ({"x": "{root}"}, "data.train.x=.*expected {shards: ..., weight: ...}"),
         ({"x": {"shards": "{root}", "wait": 1}}, "data.train.x=.*expected {shards"),
+        (5, r"data.train=5: expected a path or a list of paths"),
+        ([5], r"data.train=\[5\]: expected a path or a list of paths"),
         ({"x": {"shards": 5}}, r"data.train.x.shards=5: expected a path or a list of paths"),
         ({"x": {"shards": [5]}}, r"data.train.x.shards=\[5\]: expected a path or a list of paths"),
         ({"x": {"shards": "{root}", "weight": 0}}, "data.train.x.weight=0: expected a number above 0"),
@@ -43,7 +45,7 @@ def test_mapping_of_sources_with_weights(shards: Path, tmp_path: Path) -> None:
         ({"x": {"shards": "{root}/nowhere"}}, "data.train.x=.*nowhere: no shards found"),
     ],
 )
-def test_wrong_sources_are_refused(train: dict, message: str, shards: Path, tmp_path: Path) -> None:
+def test_wrong_sources_are_refused(train: object, message: str, shards: Path, tmp_path: Path) -> None:
     def fill(value: object) -> object:
         if isinstance(value, str):
             return value.format(root=shards)

@@ -47,7 +47,7 @@ class Captions:
                 if value is not None:
                     raise UserError(f"data.{name}={value}: needs captions, and data.caption_key=null takes none")
             return cls({})
-        probabilities = {key: 1.0} if isinstance(key, str) else dict(key)
+        probabilities = {key: 1.0} if isinstance(key, str) else {str(name): p for name, p in key.items()}
         if any(p < 0 for p in probabilities.values()) or not math.isclose(sum(probabilities.values()), 1.0):
             raise UserError(f"data.caption_key={probabilities}: the probabilities must be positive and add up to 1")
         return cls(probabilities, hard_negatives, second_key)

@@ -72,15 +72,13 @@ def read_sources(
         UserError: it is something else.
     """
     if not isinstance(train, Mapping):
-        return [SourceEntry(part, f"{under}{part}", train, None)]
+        return [SourceEntry(part, f"{under}{part}", check_paths(train, f"{under}{part}"), None)]
     entries = []
     for name, entry in train.items():
         key = f"{under}{part}.{name}"
         if not isinstance(entry, Mapping) or "shards" not in entry or set(entry) - {"shards", "weight"}:
             raise UserError(f"{key}={entry!r}: expected {{shards: ..., weight: ...}}")
-        shards = entry["shards"]
-        if not isinstance(shards, str) and not (isinstance(shards, list) and all(isinstance(x, str) for x in shards)):
-            raise UserError(f"{key}.shards={shards!r}: expected a path or a list of paths")
+        shards = check_paths(entry["shards"], f"{key}.shards")
         weight = entry.get("weight")
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
         if weight is not None and not is_number:
@@ -89,6 +87,17 @@ def read_sources(
     if not entries:
         raise UserError(f"{under}{part}={{}}: no shards")
     return entries
+
+
+def check_paths(shards: object, key: str) -> str | list[str]:
+    """Return what names shards.
+
+    Raises:
+        UserError: it is no text, as a name that is a number.
+    """
+    if isinstance(shards, str) or (isinstance(shards, list) and all(isinstance(path, str) for path in shards)):
+        return shards
+    raise UserError(f"{key}={shards!r}: expected a path or a list of paths")
 
 
 def read_manifest(
