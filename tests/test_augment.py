@@ -144,5 +144,6 @@ def test_crops_of_thin_pictures_are_not_empty(width: int, height: int) -> None:
     ],
 )
 def test_out_of_range(field: str, value: object) -> None:
-    with pytest.raises(UserError, match=f"data.augmentation.{field}="):
-        make_augmentation(**{field: value})
+    augmentation = make_augmentation(**{field: value})
+    with pytest.raises(UserError, match=f"^data.view_augmentation.{field}=.*: must be "):
+        augmentation.check("data.view_augmentation")

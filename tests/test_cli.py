@@ -94,6 +94,10 @@ WRONG_VALUES = [
     (["optimizer.lr=-1"], "optimizer or schedule: Invalid learning rate: -1"),
     (["+optimizer.momentum=1"], "unknown key optimizer.momentum"),
     (["data.augmentation.flip=2"], "data.augmentation.flip=2: must be from 0 to 1"),
+    (
+        ["data/augmentation@data.view_augmentation=simclr", "data.view_augmentation.flip=2"],
+        "data.view_augmentation.flip=2: must be from 0 to 1",
+    ),
     (["loss.init_scale=1000"], "loss.init_scale=1000: must be from 1 to loss.max_scale=100"),
     (["schedule.final_fraction=-1"], "schedule.final_fraction=-1: must be from 0 to 1"),
     (["trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0: must be 1 or more"),

@@ -37,9 +37,6 @@ class Augmentation:
         grayscale_probability: how often they are taken away.
         blur: range of the standard deviation of a Gaussian blur, pixels.
         blur_probability: how often there is one.
-
-    Raises:
-        UserError: a value out of its range.
     """
 
     scale: tuple[float, float]
@@ -56,7 +53,15 @@ class Augmentation:
     blur: tuple[float, float]
     blur_probability: float
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """See that each number is in its range.
+
+        Args:
+            key: of the config.
+
+        Raises:
+            UserError: one is not.
+        """
         jitter = self.color_jitter or (0, 0, 0, 0)
         shares = ("flip", "translation", "color_jitter_probability", "grayscale_probability", "blur_probability")
         is_jitter = len(jitter) == 4 and 0 <= min(jitter) and max(jitter[:3]) <= 1 and jitter[3] <= 0.5
@@ -73,7 +78,7 @@ class Augmentation:
         }
         for name, (is_right, limit) in are_right.items():
             if not is_right:
-                raise UserError(f"data.augmentation.{name}={getattr(self, name)}: must be {limit}")
+                raise UserError(f"{key}.{name}={getattr(self, name)}: must be {limit}")
 
     @property
     def is_random(self) -> bool:

@@ -204,7 +204,7 @@ class ImageTextData(pl.LightningDataModule):
         cached_features: whether pictures are encoded once, see `clipmini.locked_features`.
 
     Raises:
-        UserError: no shards, no pairs, or nothing of what the loss compares.
+        UserError: no shards, no pairs, augmentation out of its range, or nothing of what the loss compares.
     """
 
     def __init__(
@@ -239,6 +239,9 @@ class ImageTextData(pl.LightningDataModule):
         cached_features: bool,
     ) -> None:
         super().__init__()
+        augmentation.check("data.augmentation")
+        if view_augmentation is not None:
+            view_augmentation.check("data.view_augmentation")
         self.content = Content.choose(terms, all_views, caption_key, second_caption_key, hard_negatives, extra_views)
         self.store = ShardStore(self.content.pair_format, cache, max_member_bytes=max_member_bytes)
         self.manifest = read_manifest(train, self.store.pair_format, cache, allow_pipe=allow_pipe)
