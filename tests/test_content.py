@@ -49,7 +49,13 @@ def test_as_much_is_read_as_is_compared(
             {"second_caption_key": "x"},
             "second_caption_key=x: only loss.terms.text_text, or loss.all_vi",
         ),
-        (["image_image"], {"second_caption_key": "x"}, "data.second_caption_key=x: needs captions"),
+        (["image_image"], {"second_caption_key": "x"}, "data.second_caption_key=x: only loss.terms.text_text, or"),
+        (["image_image"], {"hard_negatives": "x"}, "data.hard_negatives=x: only loss.terms.image_text compares them"),
+        (
+            ["image_text"],
+            {"caption_key": None, "hard_negatives": "x"},
+            "hard_negatives=x: needs captions, and data.caption_key=null takes none",
+        ),
         (
             ["image_text"],
             {"extra_views": 1},

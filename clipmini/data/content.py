@@ -62,8 +62,9 @@ class Content:
             UserError: it is not there, or there is more than the loss compares.
         """
         all_views = all_views and "image_text" in terms  # which is what compares them
+        check_compared(terms, all_views, second_caption_key, hard_negatives)
         captions = Captions.from_key(caption_key if needs(terms, "text") else None, hard_negatives, second_caption_key)
-        check_captions(terms, all_views, captions)
+        check_captions(terms, captions)
         return cls(captions, count_views(terms, all_views, extra_views))
 
     @property
@@ -95,8 +96,24 @@ def count_views(terms: Collection[str], all_views: bool, extra_views: int | None
     return 1 + extra if needs(terms, "image") else 0
 
 
-def check_captions(terms: Collection[str], all_views: bool, captions: Captions) -> None:
-    """See that there are the captions that a loss compares, and no more.
+def check_compared(
+    terms: Collection[str], all_views: bool, second_caption_key: str | None, hard_negatives: str | None
+) -> None:
+    """See that a loss compares the further captions that are asked for.
+
+    Raises:
+        UserError: it does not.
+    """
+    if hard_negatives is not None and "image_text" not in terms:
+        raise UserError(f"data.hard_negatives={hard_negatives}: only loss.terms.image_text compares them")
+    if second_caption_key is not None and "text_text" not in terms and not all_views:
+        raise UserError(
+            f"data.second_caption_key={second_caption_key}: only loss.terms.text_text, or loss.all_views, compares it"
+        )
+
+
+def check_captions(terms: Collection[str], captions: Captions) -> None:
+    """See that there are the captions that a loss compares.
 
     Raises:
         UserError: there are not.
@@ -111,10 +128,4 @@ def check_captions(terms: Collection[str], all_views: bool, captions: Captions) 
         raise UserError(
             "data.second_caption_key=null: loss.terms.text_text compares two captions: name where the second is (the "
             f"key of a list takes two of it), or {SAME} for two passes of one caption through a tower with dropout"
-        )
-    if captions.hard_negatives is not None and "image_text" not in terms:
-        raise UserError(f"data.hard_negatives={captions.hard_negatives}: only loss.terms.image_text compares them")
-    if captions.second_key is not None and "text_text" not in terms and not all_views:
-        raise UserError(
-            f"data.second_caption_key={captions.second_key}: only loss.terms.text_text, or loss.all_views, compares it"
         )
