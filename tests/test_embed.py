@@ -169,6 +169,7 @@ def test_texts_that_are_too_long_are_said_and_not_cut(tiny_export: Path, tmp_pat
         (["caption_key=title"], r"caption_key=title: of a folder of pictures it is txt or folder"),
         (["captions_key=txt"], r"unknown key captions_key \(did you mean 'caption_key'"),
         (["pictures"], "pictures: what is it\\?; there are model, architecture"),
+        (["input=pipe:cat a.tar"], "input=pipe:cat a.tar: would run a command .* every shard, which is not done here"),
         (["model=nothing"], "model=nothing: neither a file nor a directory"),
     ],
 )

@@ -215,6 +215,7 @@ def test_damaged_shards_are_counted(
         ({"eval": "nowhere"}, "eval=nowhere: there is no such file or directory"),
         ({"eval": "[]"}, "eval=[]: no set to look for"),
         ({"eval": 3}, "eval[0]: expected a path"),
+        ({"train": "pipe:x"}, "train=pipe:x: would run a command in a shell for every shard; allow_pipe=true allows"),
         ({"train": 2023}, "train=2023: expected a path or a list of paths"),
     ],
 )

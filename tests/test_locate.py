@@ -63,6 +63,14 @@ def test_patterns_that_name_nothing(form: str | list[str], message: str, shards:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"), [("allow_pipe", "; allow_pipe=true allows that"), (None, ", which is not done here")]
+)
+def test_what_allows_commands_is_told_if_anything_does(key: str | None, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"would run a command in a shell for every shard{hint}$"):
+        find(["pipe:cat a.tar"], tmp_path, pipe_key=key)
+
+
 def test_directory_without_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shards found, the directory has no .tar files"):
         find(str(tmp_path), tmp_path)

@@ -26,7 +26,13 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", *DATES, "blob_id", "xet
 
 
 def locate(
-    shards: str | Sequence[str], key: str, remote: Remote, *, allow_pipe: bool, keep_missing: bool = False
+    shards: str | Sequence[str],
+    key: str,
+    remote: Remote,
+    *,
+    allow_pipe: bool,
+    pipe_key: str | None = "data.allow_pipe",
+    keep_missing: bool = False,
 ) -> list[Shard]:
     """List the shards that a pattern names, in order, with their sizes, not yet counted.
 
@@ -35,6 +41,7 @@ def locate(
         key: of the config, for messages.
         remote: how to reach what is not local.
         allow_pipe: whether commands may be run.
+        pipe_key: of the config, that says so; None: nothing does.
         keep_missing: list shards that are named but not there, instead of an error.
 
     Raises:
@@ -44,13 +51,12 @@ def locate(
         raise UserError(f"{key}={shards!r}: no shards")
     if not isinstance(shards, str) or ("::" in shards and not shards.startswith(PIPE)):
         patterns = shards.split("::") if isinstance(shards, str) else shards
-        parts = (locate(part, key, remote, allow_pipe=allow_pipe, keep_missing=keep_missing) for part in patterns)
-        return list(itertools.chain.from_iterable(parts))
+        again = functools.partial(locate, allow_pipe=allow_pipe, pipe_key=pipe_key, keep_missing=keep_missing)
+        return list(itertools.chain.from_iterable(again(part, key, remote) for part in patterns))
     if shards.startswith(PIPE):
         if not allow_pipe:
-            raise UserError(
-                f"{key}={shards}: would run a command in a shell for every shard; data.allow_pipe=true allows that"
-            )
+            hint = f"; {pipe_key}=true allows that" if pipe_key else ", which is not done here"
+            raise UserError(f"{key}={shards}: would run a command in a shell for every shard{hint}")
         return [Shard(path, -1) for path in expand(shards, key)]
     shards = shards.removeprefix("file://")
     if is_remote(shards):

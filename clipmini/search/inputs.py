@@ -126,7 +126,7 @@ def open_shards(request: Request, store: ShardStore) -> Input:
         UserError: there are none, or nothing tells when what is in them changes.
     """
     assert store.cache is not None
-    found = locate(request.path, "input", store.cache.remote, allow_pipe=False)
+    found = locate(request.path, "input", store.cache.remote, allow_pipe=False, pipe_key=None)
     shards = count_pairs(found, store.pair_format, store.cache, "input")
     if unknown := [shard.path for shard in shards if is_remote(shard.path) and not shard.version]:
         raise UserError(f"input={request.path}: nothing tells when the content of {unknown[0]} changes")

@@ -134,7 +134,7 @@ def open_search(options: dict[str, Any]) -> Search:
     store = ShardStore(PairFormat(()), cache, max_member_bytes=options["max_member_bytes"])
     shards: list[Shard] = []
     for entry in read_sources(options["train"], under=""):
-        shards += locate(entry.shards, entry.key, cache.remote, allow_pipe=options["allow_pipe"])
+        shards += locate(entry.shards, entry.key, cache.remote, allow_pipe=options["allow_pipe"], pipe_key="allow_pipe")
     names = ("min_cosine", "max_pixels", "num_workers")
     threshold = Threshold(options["max_distance"], options["min_correlation"])
     return Search(shards, store, sets, threshold, **{name: options[name] for name in names}, encoder=load(options))
