@@ -138,6 +138,21 @@ def test_counting_works_in_a_cache_that_holds_one_shard_at_a_time(copy: Path, tm
     assert [shard.num_samples for shard in counted] == [14] * 12
 
 
+def test_counts_of_commands_are_not_kept_and_not_said_to_be(
+    copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_cache(tmp_path / "cache")
+    found = locate(f"pipe:cat {copy}/{{a,b}}.tar", "data.train", store.remote, allow_pipe=True)
+    with caplog.at_level("INFO"):
+        counted = count_pairs(found, FORMAT, store, "data.train", again=True)
+    assert [shard.num_samples for shard in counted] == [30, 20]
+    assert [record.message for record in caplog.records] == [
+        "fetching 2 shards to count their pairs",
+        "the counts of 2 shards are not kept: nothing tells when they change",
+    ]
+    assert not (tmp_path / "cache/counts").exists()
+
+
 def test_index_is_kept_beside_the_shards_and_used(copy: Path, tmp_path: Path) -> None:
     assert count(copy, tmp_path / "cache", again=True) == [30, 20, 14]
     kept = json.loads((copy / INDEX_NAME).read_text())

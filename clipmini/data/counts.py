@@ -125,7 +125,8 @@ def walk_shards(shards: Sequence[Shard], pair_format: PairFormat, cache: ShardCa
         for shard, count in zip(near, walk_local([shard.path for shard in near], pair_format), strict=True):
             found[shard.path] = count
         if far:
-            log.info("fetching %d shards to count their pairs; `clipmini shards index` keeps the counts", len(far))
+            hint = "; `clipmini shards index` keeps the counts" if any(shard.version for shard in far) else ""
+            log.info("fetching %d shards to count their pairs%s", len(far), hint)
             counts = track(map_in_threads(fetch_and_count, far, REQUESTS), len(far), "counting pairs")
             for shard, count in zip(far, counts, strict=True):
                 found[shard.path] = count
@@ -181,13 +182,19 @@ class KeptCounts:
         return content if isinstance(content, dict) else {}
 
     def write(self, counts: Mapping[str, Count], *, must: bool) -> None:
-        """Keep counts by path; what is kept of other shards stays.
+        """Keep counts by path, of shards that tell when they change; what is kept of others stays.
 
         Raises:
             UserError: it must be kept and cannot.
         """
+        shards = [shard for shard in self.shards if shard.version]
+        if must and len(shards) < len(self.shards):
+            rest = len(self.shards) - len(shards)
+            log.warning("the counts of %d shards are not kept: nothing tells when they change", rest)
+        if not shards:
+            return
         new = {}
-        for shard in self.shards:
+        for shard in shards:
             count = counts[shard.path]
             new[self.name(shard)] = [shard.size, shard.version, count.num_pairs, count.damage]
         problems = []
