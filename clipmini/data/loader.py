@@ -189,7 +189,8 @@ class ImageTextData(pl.LightningDataModule):
         max_member_bytes: larger members of shards are refused.
         max_pixels: larger pictures are refused.
         max_bad_fraction: of the last 10,000 samples; more stop the run; also of the captions of `val`.
-        num_workers: loader processes of each rank; null takes the cores there are, less one for training.
+        num_workers: loader processes of each rank; null takes the cores there are, less one for training, at
+            most 8.
         start_method: of the workers: fork, forkserver, spawn, or null for Python's own.
         prefetch_factor: batches that each worker has ready.
         timeout: seconds after which a batch that does not come ends the run.
@@ -351,7 +352,7 @@ def find_held_out(
 
 
 def check_batch_size(batch_size: int, train: Manifest) -> None:
-    """See that the pairs of a batch are different ones.
+    """See that there are as many pairs as a batch takes.
 
     Raises:
         UserError: there are not so many.
