@@ -3,14 +3,16 @@
 import io
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK, read_sample, write_tar
+from omegaconf import DictConfig
 from PIL import Image
 
+from clipmini import config
 from clipmini.check import command, machine_checks, measure
 from clipmini.check.findings import Findings
 from clipmini.console import console
@@ -126,6 +128,25 @@ def test_finds_several_at_once(check: Callable) -> None:
     )
     names = [line.partition(":")[0] for level in ("fail", "warn") for line in found[level]]
     assert sorted(names) == ["config", "config", "evaluation.datasets[0]", "model", "optimizer.lr"], found
+
+
+def test_a_base_that_cannot_be_composed_is_one_message(
+    check: Callable, run_here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter(range(10))
+
+    def compose(name: str, overrides: Sequence[str]) -> DictConfig:
+        next(turns)  # ends the test where the search for what is wrong does not end
+        return composed(name, overrides)
+
+    composed = config.compose
+    monkeypatch.setattr(config, "compose", compose)
+    monkeypatch.setenv("CLIPMINI_OUTPUT", "")
+    for overrides in ([], ["seed=1", "epochs=2"]):
+        result = run_here("check", *overrides)
+        message = "clipmini: paths.output is empty: give it a value\n"
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+    assert check("paths.output=mine", expected=0)["fail"] == []
 
 
 def test_finds_what_is_wrong_with_data(check: Callable, tmp_path: Path) -> None:

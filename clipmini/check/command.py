@@ -89,6 +89,10 @@ def compose(overrides: Sequence[str], findings: Findings) -> tuple[DictConfig, l
     good = [] if is_given else ["paths.run=${paths.output}/${name}"]  # as Hydra makes it
     if any(word in ("--config-dir", "-cd") for word in overrides):  # with its value one word, as what follows needs it
         raise UserError("--config-dir: give it as one word here, as in --config-dir=mine")
+    try:
+        config.compose("train", good)
+    except EXPECTED:  # the same for every part of the overrides, if they do not mend it
+        return config.compose("train", [*good, *overrides]), [*good, *overrides]
     # Choices of groups first: which keys there are depends on them.
     halves = [sorted(overrides, key=lambda word: (not word.startswith("-"), "." in word.partition("=")[0]))]
     while halves:
@@ -252,7 +256,7 @@ def check_rate(cfg: DictConfig, overrides: Sequence[str], findings: Findings) ->
     """Compare the learning rate with that of the recipe, as the square root of the batch."""
     groups = ("experiment", "optimizer", "loss", "model", "data")
     choices = [word for word in overrides if word.split("=")[0] in groups or word.startswith("-")]
-    recipe = config.compose("train", [*choices, "paths.run=none"])
+    recipe = config.compose("train", [*choices, "paths.output=none", "paths.run=none"])
     rate, expected = cfg.optimizer.get("lr"), recipe.optimizer.get("lr")
     if not isinstance(rate, float | int) or not isinstance(expected, float | int) or not rate or not expected:
         return
