@@ -1,5 +1,6 @@
 """What Hydra itself would run or write by a config, before `train` sees anything of it."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,18 +43,25 @@ def check_rights(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         UserError: one of COMMAND_LINE_ONLY is set elsewhere.
     """
-    try:
-        given = {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
-    except OverrideParseException:  # told by Hydra
-        given = set()
+    given: set[str] = set()
+    with contextlib.suppress(OverrideParseException):  # told by Hydra
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if not override.is_delete():
+                given |= list_leaves(override.value(), override.key_or_group).keys()
     for key in COMMAND_LINE_ONLY:
-        if key in given:
-            continue
         value = read_raw(cfg, key.split("."))
-        if value:
-            raise UserError(
-                f"{key}={value}: comes from a file; what lets a config run code must be given on the command line"
-            )
+        for name, leaf in list_leaves(value, key).items() if value else ():
+            if name not in given:
+                raise UserError(
+                    f"{name}={leaf}: comes from a file; what lets a config run code must be given on the command line"
+                )
+
+
+def list_leaves(tree: Any, key: str) -> dict[str, Any]:
+    """Return what is no mapping, by its whole key."""
+    if not isinstance(tree, Mapping):
+        return {key: tree}
+    return {name: leaf for part, child in tree.items() for name, leaf in list_leaves(child, f"{key}.{part}").items()}
 
 
 def read_raw(node: Any, path: Sequence[str]) -> Any:
@@ -64,7 +72,7 @@ def read_raw(node: Any, path: Sequence[str]) -> Any:
         if OmegaConf.is_interpolation(node, part):
             return str(node._get_node(part)._value())
         node = node._get_node(part)
-    return node if OmegaConf.is_config(node) else node._value()
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node._value()
 
 
 def check_hydra(content: Mapping[str, Any], allowed: Allowed, *, is_job: bool) -> None:

@@ -186,6 +186,23 @@ def test_evil_yaml(text: str, message: str, run_here: Run, tmp_path: Path) -> No
     assert "Traceback" not in result.stderr and os.listdir(tmp_path) == ["configs"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "+hydra.job.env_set={OMP_NUM_THREADS:'1'}",
+        "+hydra.job.env_set.OMP_NUM_THREADS='1'",
+        "+hydra.job={env_set:{OMP_NUM_THREADS:'1'}}",
+    ],
+)
+def test_a_variable_of_the_command_line_lets_no_other_in(given: str, tmp_path: Path) -> None:
+    assert config.compose("train", [given]).name
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nhydra:\n  job:\n    env_set:\n      LD_PRELOAD: /evil.so\n"
+    (tmp_path / "experiment/evil.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^hydra\.job\.env_set\.LD_PRELOAD=/evil\.so: comes from a file"):
+        config.compose("train", [f"--config-dir={tmp_path}", "experiment=evil", given.replace("+", "++")])
+
+
 def test_sweeps_are_checked_too(run_here: Run, tmp_path: Path) -> None:
     node = "+callbacks.x={_target_:os.mkdir,path:marker}"
     result = run_here("train", "--multirun", "data.train=x", "seed=0,1", node)
