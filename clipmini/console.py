@@ -39,8 +39,11 @@ def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False)
         to_stderr: all of it, where stdout is for results; else only errors.
     """
     is_first = rank == 0
-    root = logging.getLogger()
-    root.handlers.clear()
+    root, of_warnings = logging.getLogger(), logging.getLogger("py.warnings")
+    for logger in (root, of_warnings):  # another run of this process, as in a sweep, has its own file
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
     stderr_level = logging.NOTSET if to_stderr else logging.ERROR
     handlers: list[logging.Handler] = [ConsoleHandler(logging.NOTSET if is_first else logging.ERROR, stderr_level)]
     handlers[0].setFormatter(RedactingFormatter("%(message)s" if is_first else f"rank {rank}: %(message)s"))
@@ -55,8 +58,8 @@ def set_up_logging(file: Path | None, *, rank: int = 0, to_stderr: bool = False)
     for library in ("pytorch_lightning", "lightning_fabric"):  # they say at length what our header says
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").propagate = False  # other people's advice: in the file, not on the screen
-    logging.getLogger("py.warnings").addHandler(handlers[-1] if is_first and file else logging.NullHandler())
+    of_warnings.propagate = False  # other people's advice: in the file, not on the screen
+    of_warnings.addHandler(handlers[-1] if is_first and file else logging.NullHandler())
 
 
 def log_rows(rows: Mapping[str, str]) -> None:

@@ -271,3 +271,14 @@ def test_what_is_no_file_of_results_is_told(content: bytes, tmp_path: Path) -> N
     (tmp_path / "results.jsonl").write_bytes(b'{"key": "a", "metrics": {}}\n' + content)
     with pytest.raises(UserError, match="results.jsonl, line 2: is no result; output must be a file of results, or"):
         read_rows(tmp_path / "results.jsonl")
+
+
+def test_each_run_of_a_process_has_a_log_of_its_own(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        set_up_logging(tmp_path / name / "train.log")
+        logging.getLogger("py.warnings").warning("warning of the %s", name)
+        logging.getLogger("clipmini").info("line of the %s", name)
+    set_up_logging(None)
+    for name in ("first", "second"):
+        lines = (tmp_path / name / "train.log").read_text().splitlines()
+        assert [line.rpartition(": ")[2] for line in lines] == [f"warning of the {name}", f"line of the {name}"]
