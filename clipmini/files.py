@@ -17,24 +17,34 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     """Write a file so that, whatever happens, its name holds all of the new content or all of the old.
 
     A temporary file in the same directory (a rename is atomic within a file system only), flushed to the disk, renamed,
-    and the directory flushed too.
+    and the directory flushed too. A link stays, and what it leads to is written; so is a device or a pipe, at once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # others may write it too
+    real = Path(os.path.realpath(path))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    temporary = real.with_name(f".{real.name}.{os.urandom(4).hex()}.tmp")  # others may write it too
     try:
+        if real.exists() and not real.is_file():
+            with open(real, "wb") as file:
+                write_to(file, content)
+            return
         write_durably(temporary, content)
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync_directory(real.parent)
 
 
 def write_durably(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file and flush it to the disk."""
     with open(path, "wb") as file:
-        file.write(content) if isinstance(content, bytes) else content(file)
+        write_to(file, content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_to(file: BinaryIO, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write into an open file."""
+    file.write(content) if isinstance(content, bytes) else content(file)
 
 
 def sync_directory(directory: Path) -> None:

@@ -24,6 +24,24 @@ def test_writes_all_or_nothing(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["file"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    link, target = tmp_path / "results.jsonl", tmp_path / "shared/results.jsonl"
+    link.symlink_to(target)  # which is not there yet
+    for content in (b"one", b"two"):
+        write_atomically(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    assert os.listdir(tmp_path / "shared") == ["results.jsonl"]
+
+
+def test_a_pipe_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"one")
+    assert os.read(reader, 9) == b"one" and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
+
+
 def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "file"
     contents = [bytes([number]) * 100_000 for number in range(8)]
