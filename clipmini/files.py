@@ -18,6 +18,9 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
 
     A temporary file in the same directory (a rename is atomic within a file system only), flushed to the disk, renamed,
     and the directory flushed too. A link stays, and what it leads to is written; so is a device or a pipe, at once.
+
+    Raises:
+        OSError: it cannot be written; with its name, which errors of a full disk lack.
     """
     real = Path(os.path.realpath(path))
     real.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +32,10 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
             return
         write_durably(temporary, content)
         os.replace(temporary, real)
+    except OSError as error:
+        if error.errno is None or str(error.filename) not in ("None", str(temporary), str(real)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(real.parent)

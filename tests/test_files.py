@@ -42,6 +42,13 @@ def test_a_pipe_stays(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_an_error_names_the_file(small_disk: Path) -> None:
+    with pytest.raises(OSError, match=rf"No space left on device: '{small_disk}/file'$"):
+        write_atomically(small_disk / "file", bytes(500_000))
+    with pytest.raises(OSError, match=r"No such file or directory: '/proc/self/file'$"):
+        write_atomically(Path("/proc/self/file"), b"one")
+
+
 def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "file"
     contents = [bytes([number]) * 100_000 for number in range(8)]
