@@ -195,6 +195,19 @@ def test_pictures_outside_of_what_was_embedded_are_not_read(folder: Path, tmp_pa
         reader.read("b.png")
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a{0..3}", "a*?", "a::b"])
+@pytest.mark.parametrize("below", ["", "*.tar", "{0..3}.tar", "table.csv"])
+def test_signs_of_patterns_in_the_name_of_a_directory(name: str, below: str, tmp_path: Path) -> None:
+    inside = tmp_path / name
+    inside.mkdir()
+    for directory, size in ((inside, 8), (tmp_path, 9)):
+        (directory / "a.png").write_bytes(make_png(size, size))
+    reader = PictureReader(str(inside / below), None)
+    assert reader.read("a.png") == (inside / "a.png").read_bytes()
+    with pytest.raises(Fault, match="it is outside of"):
+        reader.read("../a.png")
+
+
 @pytest.mark.parametrize("kind", ["bytes.parquet", "struct.parquet", "base64.jsonl", "path.csv"])
 def test_shows_pictures_that_are_in_a_table(
     kind: str, folder: Path, tiny_export: Path, tmp_path: Path, run_here: Callable

@@ -17,6 +17,7 @@ from clipmini.shards.inputs import Part, fingerprint, group_members, read_member
 from clipmini.shards.packed import DIGEST
 from clipmini.shards.tables import open_table
 
+PATTERN = re.compile(r"[*?\[{]|::")  # of paths, or several of them
 SHARD = ".tar/"  # between the path of a shard and the key of a sample
 STEP = 100  # rows of a table of text between two whose places are kept
 
@@ -32,9 +33,10 @@ class PictureReader:
 
     def __init__(self, source: str, allowed: str | None, table: "TablePictures | None" = None) -> None:
         self.table = table
-        whole = re.split(r"[*?\[{]|::", source)[0]  # of a pattern, what comes before it
-        is_part = is_table(source) or whole != source
-        self.base = os.path.abspath(os.path.dirname(whole) if is_part else source)
+        base = os.path.dirname(source) if is_table(source) else source
+        while PATTERN.search(base) and not os.path.exists(base):  # names of directories may hold such signs too
+            base = os.path.dirname(base)
+        self.base = os.path.abspath(base)
         self.allowed = os.path.realpath(self.base if allowed is None else allowed)
 
     def read(self, image_path: object, row: object = None) -> bytes:
