@@ -118,13 +118,14 @@ def test_shards_tables_texts_and_sets(
     row = pyarrow.parquet.read_table(tmp_path / "shards/metadata/metadata_1.parquet").to_pylist()[0]
     assert row["image_path"].startswith(f"{shards}/b.tar/") and row["caption"]
 
-    rows = [{"text": f"a picture of thing {number}", "about": number} for number in range(5)]
+    rows = [{"text": f"a picture of thing {number}", "about": number, "source": "a book"} for number in range(5)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = given(tiny_export, tmp_path / "texts.jsonl", tmp_path / "texts", "image_key=null", "caption_key=text")
     result = run_here(*texts)
     assert result.returncode == 0, result.stderr
     table = pyarrow.parquet.read_table(tmp_path / "texts/metadata/metadata_0.parquet").to_pylist()
     assert [(row["caption"], row["about"]) for row in table] == [(row["text"], row["about"]) for row in rows]
+    assert table[0]["source"] == "texts.jsonl row 1" and table[0]["source_"] == "a book"
     assert not (tmp_path / "texts/img_emb").exists()
 
     assert run_here(*given(tiny_export, classification_set, tmp_path / "set")).returncode == 0
@@ -136,13 +137,21 @@ def test_metadata_of_shards(tiny_export: Path, tmp_path: Path, run_here: Callabl
     samples = read_sample("train/noto-00000.tar", 4)
     for number, sample in enumerate(samples):
         values = {"url": f"http://x/{number}", "width": number if number else "unknown", "tags": ["a", {"b": 1}]}
+        sample["txt"] = b"a face"
+        values |= {"caption": "a face", "table_row": 5}
         sample["json"] = json.dumps(values).encode()
     write_tar(tmp_path / "shards/0.tar", samples)
-    assert run_here(*given(tiny_export, tmp_path / "shards", tmp_path / "index", "metadata=true")).returncode == 0
+    assert (
+        run_here(
+            *given(tiny_export, tmp_path / "shards", tmp_path / "index", "metadata=true", "caption_key=txt")
+        ).returncode
+        == 0
+    )
     table = pyarrow.parquet.read_table(tmp_path / "index/metadata/metadata_0.parquet").to_pylist()
     assert [row["url"] for row in table] == [f"http://x/{number}" for number in range(4)]
     assert [row["width"] for row in table] == ['"unknown"', "1", "2", "3"]
     assert json.loads(table[0]["tags"]) == ["a", {"b": 1}]
+    assert {"caption", "table_row_"} <= table[0].keys() and not {"caption_", "table_row"} & table[0].keys()
 
 
 def test_texts_that_are_too_long_are_said_and_not_cut(tiny_export: Path, tmp_path: Path, run_here: Callable) -> None:

@@ -98,12 +98,13 @@ def test_refuses_queries(query: str) -> None:
         parse_query(query)
 
 
-def test_what_is_known_of_a_row_does_not_hide_what_was_found(tmp_path: Path) -> None:
+def test_what_is_known_of_a_row_and_what_was_found_are_both_kept(tmp_path: Path) -> None:
     index = write_index(tmp_path / "index", unit(10, 16))
-    partition = Partition({"image": unit(5, 16).half().numpy()}, [{"row": 99, "score": "good"}] * 5, [])
+    partition = Partition({"image": unit(5, 16).half().numpy()}, [{"row": 99, "row_": 98, "score": "good"}] * 5, [])
     index.layout.write(0, partition)
     (row,) = list_results(index, [2], [0.5], [80.0])
-    assert row == {"row": 2, "score": 0.5, "rank": 1, "percentile": 80.0}
+    own = {"row": 2, "score": 0.5, "rank": 1, "percentile": 80.0}
+    assert row == {**own, "row_": 98, "row__": 99, "score_": "good"}
 
 
 def test_arithmetic_is_that_of_unit_vectors(tiny_export: Path, folder: Path, made_index: Path) -> None:

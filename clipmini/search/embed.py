@@ -37,7 +37,7 @@ from clipmini.evaluation.encoder import AnyTransform, Encoder, check_precision, 
 from clipmini.model import encode_image, encode_text, padding, preprocess_cfg
 from clipmini.one_tower import check_has
 from clipmini.search.inputs import Request, open_input, pair_format
-from clipmini.search.layout import TABLE_ROW, Kind, Layout, Partition, Row, check_output, import_pyarrow
+from clipmini.search.layout import TABLE_ROW, Kind, Layout, Partition, Row, check_output, import_pyarrow, join
 from clipmini.shards.inputs import Input, Item, Part
 from clipmini.shards.packed import DIGEST, lock
 from clipmini.sources import LOCAL_DIRECTORY, Source, load_model
@@ -119,9 +119,11 @@ class BlockDataset(IterableDataset):
                     raise UserError(f"{name}: {fault.detail}; once that is mended, the same command goes on") from fault
                 block.rejected.append({"source": name, "cause": fault.cause, "detail": fault.detail})
                 continue
-            known: Row = {"caption": sample.caption} if self.with_texts else {}
-            known |= {TABLE_ROW: sample.row} if sample.row is not None and self.transform else {}
-            block.rows.append({**sample.metadata, "image_path" if self.transform else "source": name, **known})
+            own: Row = {"image_path" if self.transform else "source": name, TABLE_ROW: sample.row}
+            row = join(sample.metadata, own | ({"caption": sample.caption} if self.with_texts else {}))
+            if sample.row is None or self.transform is None:
+                del row[TABLE_ROW]
+            block.rows.append(row)
             block.texts += [sample.caption] if self.with_texts else []
         block.images = torch.stack(images) if images else None
         return block

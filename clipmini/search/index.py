@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipmini.errors import UserError, tell_choices
 from clipmini.evaluation.similarity import similarity
-from clipmini.search.layout import FOLDERS, Kind, Layout, Row, import_pyarrow, read_record, read_row
+from clipmini.search.layout import FOLDERS, Kind, Layout, Row, import_pyarrow, join, read_record, read_row
 
 SLACK = 2e-6  # of a cosine: more than what the order of a sum changes
 CHUNK = 1 << 14  # embeddings that exist in fp32 at a time
@@ -122,7 +122,7 @@ def list_results(
     """Return a row for each result: rank, score, percentile, its row of the index, and what is known of it."""
     measured = zip(numbers, scores, percentiles, index.describe(numbers), strict=True)
     return [
-        {**known, "rank": rank, "score": score, "percentile": percentile, "row": number}
+        join(known, {"rank": rank, "score": score, "percentile": percentile, "row": number})
         for rank, (number, score, percentile, known) in enumerate(measured, 1)
     ]
 

@@ -2,7 +2,7 @@
 
 INDEX/img_emb/img_emb_0.npy      unit vectors of pictures, fp16 [n, D], a file for each partition
 INDEX/text_emb/text_emb_0.npy    those of their captions, or of texts alone
-INDEX/metadata/metadata_0.parquet   image_path, caption, what else is known of each, and table_row
+INDEX/metadata/metadata_0.parquet   image_path, caption, what else is known of each (see `join`), and table_row
 INDEX/rejected/rejected_0.jsonl  what could not be used, if there was any
 INDEX/index.json                 what all of it was made of and with
 """
@@ -103,6 +103,21 @@ class Layout:
         """Return what could not be used of all partitions."""
         paths = [path for number in range(self.partitions) if (path := self.rejected(number)).is_file()]
         return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def join(known: Row, own: Row) -> Row:
+    """Return what users know of a sample with what is our own; of theirs, what has a name of ours is kept as NAME_.
+
+    It is left out where it is the same, as the caption that img2dataset writes twice.
+    """
+    joined = {name: value for name, value in known.items() if name not in own}
+    for name in known:
+        if name in own and known[name] != own[name]:
+            other = f"{name}_"
+            while other in known or other in own:
+                other += "_"
+            joined[other] = known[name]
+    return {**joined, **own}
 
 
 def import_pyarrow() -> Any:
