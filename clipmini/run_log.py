@@ -41,7 +41,7 @@ def log_header(about: Mapping[str, str]) -> None:
     log_rows(about)
 
 
-def write_environment(path: Path, about: Mapping[str, str], step: int) -> None:
+def write_environment(path: Path, about: Mapping[str, str], batch_size: int, step: int) -> None:
     """Add a line of what the run goes on with from a step on: itself, the machine and the packages."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     packages = {name: version for name in PACKAGES if (version := find_version(name))}
@@ -49,6 +49,7 @@ def write_environment(path: Path, about: Mapping[str, str], step: int) -> None:
         "started": now,
         "from step": step,
         **about,
+        "batch_size": batch_size,
         "system": platform.platform(),
         "Python": platform.python_version(),
         "clipmini": clipmini.__version__,

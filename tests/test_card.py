@@ -96,6 +96,8 @@ def test_nothing_is_made_up() -> None:
     card = write_card(config=None, results=[])
     assert "## Data\n\nNot known." in card and "None were measured." in card and "config.yaml" not in card
     assert "The run was to last 30 epochs." in write_card(step=None)
+    unresolved = {**CONFIG, "batch_size": "${oc.decode:${oc.env:BATCH}}"}
+    assert "Samples seen" not in write_card(config=unresolved) and "The run was to" in write_card(config=unresolved)
     assert "The run was to see 5,120 samples" in write_card(step=None, config={**CONFIG, "steps": 10})
 
 

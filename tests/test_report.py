@@ -257,6 +257,24 @@ def test_a_run_of_another_version_is_told_without_what_it_lacks(trained: Path, t
     assert "Curves" in text and "start 1" in text and "start 2" not in text and "Pictures of" not in text
 
 
+def test_a_batch_size_that_the_config_takes_from_a_variable(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("\nbatch_size: 16\n", "\nbatch_size: ${oc.decode:${oc.env:BATCH}}\n")
+    )
+    (run / "quarantine.jsonl").write_text(json.dumps({"position": 1, "cause": "picture"}) + "\n")
+    command.write_report(run)
+    text = Reader((run / "report.html").read_text()).text
+    assert "samples seen 64 time in training" in text and "1 of 64 samples could not be used" in text
+    environment = (run / "environment.jsonl").read_text()
+    (run / "environment.jsonl").write_text(environment.replace('"batch_size": 16, ', ""))  # of an older version
+    command.write_report(run)
+    text = Reader((run / "report.html").read_text()).text
+    assert "time in training" not in text and "1 of the samples could not be used" in text
+
+
 def test_what_goes_wrong_with_a_report_does_not_end_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

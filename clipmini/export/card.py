@@ -169,7 +169,8 @@ def describe_data(config: Mapping[str, Any] | None, step: int | None) -> str:
 
 def samples_seen(config: Mapping[str, Any], step: int | None) -> str:
     """Say how much data was seen: by the step of the weights, else by what the run was to do."""
-    batch, planned = config.get("batch_size"), config.get("steps")
+    numbers = (config.get("batch_size"), config.get("steps"))
+    batch, planned = (value if isinstance(value, int) else None for value in numbers)  # or the name of a variable
     if batch and step is not None:
         return f"Samples seen: {step * batch:,} ({step:,} steps of {batch:,})."
     if batch and planned:

@@ -53,16 +53,21 @@ class Run:
         return max((steps[-1] for steps, _ in self.curves.values()), default=0)
 
     @property
+    def batch_size(self) -> int:
+        """Pairs of a step; 0: not known, as the config may name a variable in place of a number."""
+        told = [start.get("batch_size") for start in self.environment] + [self.config.get("batch_size")]
+        return next((size for size in told if isinstance(size, int)), 0)
+
+    @property
     def samples(self) -> int:
-        return self.steps * int(self.config.get("batch_size") or 0)
+        return self.steps * self.batch_size
 
     @property
     def seconds(self) -> float:
         """How long the training took, without evaluations and stops: each window's samples by its rate."""
         steps, rates = self.curves.get("throughput/samples_per_second", ([], []))
-        batch_size = int(self.config.get("batch_size") or 0)
         counts = (step - before for before, step in zip([0, *steps], steps, strict=False))
-        return sum(count * batch_size / rate for count, rate in zip(counts, rates, strict=True) if rate > 0)
+        return sum(count * self.batch_size / rate for count, rate in zip(counts, rates, strict=True) if rate > 0)
 
 
 def read_run(directory: Path) -> Run:

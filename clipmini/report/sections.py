@@ -46,12 +46,11 @@ def make_sections(run: Run) -> list[Section]:
 def summarize(run: Run) -> Section:
     """Say in a few numbers what the run was."""
     rate = run.samples / run.seconds if run.seconds else 0.0
-    facts = {
-        "steps": f"{run.steps:,}",
-        "samples seen": f"{run.samples:,}",
-        "time in training": format_seconds(run.seconds),
-        "samples a second": f"{rate:,.0f}",
-    }
+    facts = {"steps": f"{run.steps:,}"}
+    if run.batch_size:
+        facts["samples seen"] = f"{run.samples:,}"
+        facts["time in training"] = format_seconds(run.seconds)
+        facts["samples a second"] = f"{rate:,.0f}"
     if loss := run.curves.get("train/loss"):
         facts["last loss"] = f"{loss[1][-1]:.3f}"
     for row in run.rows:
@@ -121,16 +120,16 @@ def show_confusions(run: Run) -> Iterator[Section]:
 def tell_health(run: Run) -> Section:
     """Say how good the data was."""
     bad = run.causes.total()
-    text = (
-        f"{bad:,} of {run.samples:,} samples could not be used."
-        if bad
-        else f"All of {run.samples:,} samples were good."
-    )
+    seen = f"{run.samples:,} samples" if run.samples else "the samples"
+    text = f"{bad:,} of {seen} could not be used." if bad else f"All of {seen} were good."
     skipped = run.curves.get("train/bad_steps", ([], [0]))[1][-1]
     text += f" {skipped:.0f} steps were skipped." if skipped else " No step was skipped."
     if wait := run.curves.get("throughput/data_wait"):
         text += f" Waiting for data took {sum(wait[1]) / len(wait[1]):.1%} of the time."
-    rows = [[cause, f"{count:,}", f"{count / max(run.samples, 1):.3%}"] for cause, count in run.causes.most_common()]
+    rows = [
+        [cause, f"{count:,}", f"{count / run.samples:.3%}" if run.samples else "-"]
+        for cause, count in run.causes.most_common()
+    ]
     tables = [Table("Bad samples", ("cause", "samples", "share"), rows)] if rows else []
     return Section("Data health", text=text, tables=tables)
 
