@@ -51,7 +51,7 @@ from clipmini.model import (
     width_before_projection,
 )
 from clipmini.module import ClipModule
-from clipmini.one_tower import OTHER, Model, towers_of
+from clipmini.one_tower import OTHER, Model, text_tower, towers_of
 from clipmini.redaction import redact
 from clipmini.report.command import report_at_end
 from clipmini.report.read import ENVIRONMENT, SHOWN
@@ -392,8 +392,9 @@ def check_second_pass(data: ImageTextData, model: Model) -> None:
     """
     if data.content.captions.second_key != SAME:
         return
-    layers = (layer for layer in model.text.modules() if isinstance(layer, nn.Dropout)) if model.text else ()
-    if not any(layer.p > 0 for layer in layers):
+    tower = text_tower(model)
+    layers = () if tower is None else tower.transformer.modules()
+    if not any(layer.p > 0 for layer in layers if isinstance(layer, nn.Dropout)):
         raise UserError(
             f"data.second_caption_key={SAME}: the text tower has no dropout, so that two passes of a caption are the "
             "same: take one that has (model.text_cfg.hf_model_name), or another caption"

@@ -120,6 +120,7 @@ WRONG_VALUES = [
     (["steps=0"], "steps=0, epochs=30.0: less than one step"),
     (["steps=null", "epochs=0.01"], "steps=None, epochs=0.01: less than one step of batch_size=16"),
     (["micro_batch=0"], "micro_batch=0: must be from 1 to the 16 pairs of a process"),
+    (["data.second_caption_key=same", "loss.terms.text_text=1"], "data.second_caption_key=same: the text tower has no"),
     (["data.train=???"], "data.train has no value: give it one, as in data.train=..."),
 ]
 
