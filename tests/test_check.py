@@ -165,6 +165,8 @@ def test_finds_what_is_wrong_with_data(check: Callable, tmp_path: Path) -> None:
     same = write_pairs(tmp_path / "same", txt=b"a picture")
     assert re.search(r"data.equal_captions: 15.00 other pairs .*loss.duplicates=mask", found(same, "warn"))
     assert "data.equal_captions" not in found(same, "warn", "loss.duplicates=mask")
+    whole = found(write_pairs(tmp_path / "whole", 16), "ok", "data.second_caption_key=txt", "loss.terms.text_text=1")
+    assert "data.equal_captions: 0.00 other pairs" in whole, whole  # a caption of a pair is no other pair
     long = write_pairs(tmp_path / "long", txt=b"word " * 40)
     assert re.search(r"data.captions: 42 tokens \(median\), 100% more than the 24 of the model", found(long, "warn"))
     wrong = write_pairs(tmp_path / "wrong", json=b'{"others": ["no picture"]}')

@@ -36,6 +36,7 @@ class Probe:
     examples: dict[str, str] = field(default_factory=dict)  # of each cause
     sides: list[int] = field(default_factory=list)  # the shorter one of each picture, pixels
     captions: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)  # of these, the one that a picture is to be nearest to
     negatives: list[str] = field(default_factory=list)  # one of each sample that has hard negatives
     pictures: Counter[bytes] = field(default_factory=Counter)  # by hash
     has_jpeg: bool = False
@@ -60,6 +61,7 @@ def probe_data(data: ImageTextData) -> Probe:
             example = data.decoder.decode(members, position)
             probe.negatives += filter(None, [example.captions.pop("negative_text", "")])
             probe.captions += example.captions.values()
+            probe.compared += filter(None, [example.captions.get("text")])
         except Fault as fault:
             probe.faults[fault.cause] += 1
             key = data.store.key(shard, int(places.sample[row]))
@@ -161,8 +163,8 @@ def check_duplicates(probe: Probe, data: ImageTextData, duplicates: str, finding
     if share > SAME_PICTURE:
         text = f"{share:.0%} of {len(probe.sides):,} pictures are there once more among these: see data.train"
         findings.warn("data.duplicates", text)
-    counts = Counter(probe.captions)
-    total = max(2, len(probe.captions))
+    counts = Counter(probe.compared)
+    total = max(2, len(probe.compared))
     others = sum(count * (count - 1) for count in counts.values()) / (total * (total - 1)) * (data.batch_size - 1)
     text = f"{others:.2f} other pairs of a batch have the caption of a pair, on average"
     if others > SAME_CAPTION and duplicates == "ignore":
@@ -172,7 +174,7 @@ def check_duplicates(probe: Probe, data: ImageTextData, duplicates: str, finding
             f"{text}, most often {caption[:40]!r} ({count / total:.0%}), and would count as wrong: "
             "set loss.duplicates=mask or share",
         )
-    elif probe.captions:
+    elif probe.compared:
         findings.ok("data.equal_captions", text)
 
 
