@@ -75,6 +75,7 @@ def test_a_clean_run_has_no_findings(check: Callable, classification_set: Path) 
     assert found["fail"] == [] and found["warn"] == [], found
     names = {line.partition(":")[0] for line in found["ok"]}
     expected = "batch data name schedule optimizer.lr data.mixture data.samples data.pictures data.captions model disk"
+    assert any(line.startswith("disk: 3 checkpoints of about") for line in found["ok"])  # two and what is written
     assert names >= {*expected.split(), "memory", "time", f"evaluation.{classification_set.name.removeprefix('wds_')}"}
 
 
@@ -263,6 +264,17 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.startswith(expected), found
     assert machine_checks.check_variables({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, True, findings) is None
     assert len(findings.found) == 7
+
+
+def test_checkpoints_that_are_there_need_no_room_of_their_own(small_disk: Path) -> None:
+    checkpoint = small_disk / "run/checkpoints/step-00000001.ckpt"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rank-00000.pt").write_bytes(bytes(200_000))
+    findings = Findings()
+    for size in (100_000, 300_000):
+        machine_checks.check_disk(small_disk / "run", size, 3, 0, findings)
+    levels = [one.level for one in findings.found]
+    assert levels == ["ok", "fail"] and findings.found[0].text.endswith(" beside those of the run, 0 MiB")
 
 
 def test_checkpoint_bytes() -> None:

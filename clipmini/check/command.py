@@ -313,7 +313,8 @@ def check_machine(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
     size = machine_checks.checkpoint_bytes(parts.module.parameters(), has_average=cfg.ema.decay is not None)
     every = cfg.checkpoint.keep_every_n_steps
     kept = (parts.steps or 0) // every if every else 0
-    machine_checks.check_disk(Path(cfg.paths.run), size, cfg.checkpoint.keep_last + 2, kept, findings)
+    at_a_time = cfg.checkpoint.keep_last + 1 + (cfg.evaluation.best_metric is not None)
+    machine_checks.check_disk(Path(cfg.paths.run), size, at_a_time, kept, findings)
     if parts.data is None or parts.steps is None or not parts.data.is_prepared:
         return
     if findings.failed("batch", "config", "data", "data.samples", "model", "trainer", "memory"):

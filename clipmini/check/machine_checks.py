@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clipmini.check.findings import Findings
+from clipmini.checkpoints.disk import list_checkpoints
 from clipmini.data.loader import ImageTextData
 from clipmini.data.remote import is_remote
 
@@ -39,7 +40,7 @@ def check_disk(run: Path, size: int, keep: int, steps_kept: int, findings: Findi
 
     Args:
         size: of a checkpoint, bytes.
-        keep: how many are there at a time, with the best and the one that is written.
+        keep: how many are there at a time, with the best, if one is kept, and the one that is written.
         steps_kept: how many stay for good.
     """
     directory = existing(run.absolute())
@@ -49,8 +50,11 @@ def check_disk(run: Path, size: int, keep: int, steps_kept: int, findings: Findi
         return
     need, free = size * (keep + steps_kept), shutil.disk_usage(directory).free
     text = f"{keep + steps_kept} checkpoints of about {tell(size)} need {tell(need)}, and {directory} has {tell(free)}"
+    files = (file for path in list_checkpoints(run / "checkpoints") for file in path.rglob("*") if file.is_file())
+    if there := sum(file.stat().st_size for file in files):
+        text += f" beside those of the run, {tell(there)}"
     keys = "paths.output, checkpoint.keep_last or checkpoint.keep_every_n_steps"
-    compare("disk", need, free, text, keys, findings)
+    compare("disk", need, free + there, text, keys, findings)
 
 
 def compare(name: str, need: int, have: int, text: str, keys: str, findings: Findings) -> None:
