@@ -18,6 +18,7 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -115,7 +116,8 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     parser.add_argument("--config-dir", "-cd")
     options, overrides = parser.parse_known_args(overrides)
     if options.config_dir:
-        overrides = [f"hydra.searchpath=[file://{os.path.abspath(options.config_dir)}]", *overrides]
+        path = QuotedString(f"file://{os.path.abspath(options.config_dir)}", Quote.double)
+        overrides = [f"hydra.searchpath=[{path.with_quotes()}]", *overrides]
     register()
     with initialize_config_dir(str(config_file(name).parent), version_base="1.3"):
         return hydra_compose(name, list(overrides))
@@ -136,9 +138,9 @@ def read_options(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     keys = [key for key in POSITIONAL.get(name, ()) if key.removesuffix("...") not in named]
     positional = {key.removesuffix("..."): key.endswith("...") for key in keys}
     surplus = [] if any(positional.values()) else values[len(positional) :]
-    typos = [word for word in values if "=" in word and get_close_matches(word.partition("=")[0], known, cutoff=TYPO)]
-    named_values = [word for word in values if surplus and re.match(r"[+~]*[a-z_.]+=", word)]
-    for word in (*typos, *named_values, *surplus):
+    named_values = [word for word in values if re.match(r"[+~]*[\w.]+=", word)]  # a path may hold = too
+    typos = [word for word in named_values if get_close_matches(word.partition("=")[0], known, cutoff=TYPO)]
+    for word in (*typos, *(named_values if surplus else ()), *surplus):
         key = word.partition("=")[0]
         what = f"unknown key {key}{did_you_mean(key, known)}" if "=" in word else f"{word}: what is it?"
         raise UserError(f"{what}; there are {', '.join(known)}")

@@ -158,6 +158,17 @@ def test_build_refuses_unknown_keys_and_wrong_types(changes: dict, message: str)
         config.build(OmegaConf.create({**ALLOWED, "thing": {**THING, **changes}}), "thing")
 
 
+def test_paths_with_signs_of_overrides(tmp_path: Path) -> None:
+    directory = tmp_path / 'a=1, (b) [c] "d" \\'
+    (directory / "experiment").mkdir(parents=True)
+    (directory / "experiment/mine.yaml").write_text("# @package _global_\nname: mine\n")
+    assert config.compose("train", [f"--config-dir={directory}", "experiment=mine"]).name == "mine"
+    assert config.read_options("report", ["outputs/lr=1e-3"])["run"] == "outputs/lr=1e-3"
+    assert config.read_options("compare", ["outputs/lr=1", "outputs/lr=2"])["runs"] == ["outputs/lr=1", "outputs/lr=2"]
+    with pytest.raises(UserError, match=r"^unknown key outptu \(did you mean 'output'"):
+        config.read_options("report", ["outptu=a"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes_its_examples(command: str) -> None:
     lines = [line for line in config.config_file(command).read_text().splitlines() if line.startswith("# ")]
