@@ -17,7 +17,7 @@ from forked import run_forked
 
 from clipmini.evaluation.results import percent
 from clipmini.report import command
-from clipmini.report.charts import MAX_POINTS, Line, draw
+from clipmini.report.charts import MAX_POINTS, Line, draw, thin
 from clipmini.report.compare import list_config_differences, list_metric_differences
 from clipmini.report.page import Section, Table, make_page
 from clipmini.report.read import read_run
@@ -205,6 +205,14 @@ def test_charts_are_told_apart_without_colours_and_by_those_who_do_not_see() -> 
     assert many.count("L ") < MAX_POINTS + 50
     assert draw("a", lines[:1]) == draw("a", lines[:1])  # the same bytes
     assert "12.5%" in draw("accuracy", [Line("", [1], [0.125])], is_share=True)
+
+
+def test_a_thinned_curve_keeps_its_ends_and_what_stands_out() -> None:
+    values = [1.0] * 100_000
+    values[12_345], values[54_321] = 9.0, -9.0
+    shown = thin(values)
+    assert {0, 12_345, 54_321, 99_999} <= set(shown) and shown == sorted(shown) and len(shown) <= MAX_POINTS
+    assert thin(values[:600]) == list(range(600)) and thin([]) == []
 
 
 def test_a_page_escapes() -> None:

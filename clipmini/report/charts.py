@@ -74,8 +74,8 @@ def draw(title: str, lines: Sequence[Line], *, is_logarithmic: bool = False, is_
 
 def plot(axes: Axes, line: Line, number: int, *, is_alone: bool, scale: float) -> None:
     """Add a curve, thinned out if it has more points than can be seen."""
-    every = -(-len(line.steps) // MAX_POINTS)
-    steps, values = list(line.steps[::every]), [scale * value for value in line.values[::every]]
+    shown = thin(line.values)
+    steps, values = [line.steps[number] for number in shown], [scale * line.values[number] for number in shown]
     look = number % len(LINES)
     marked: dict[str, Any] = (
         {} if is_alone and len(steps) > 1 else {"marker": MARKERS[look], "markevery": max(1, len(steps) // 6)}
@@ -87,9 +87,19 @@ def plot(axes: Axes, line: Line, number: int, *, is_alone: bool, scale: float) -
         linestyle=DASHES[look],
         linewidth=1.6,
         markersize=4,
-        label=line.label,
         **marked,
     )
+
+
+def thin(values: Sequence[float]) -> list[int]:
+    """Return the numbers of at most MAX_POINTS values: the first, lowest, highest and last one of each group."""
+    size = 1 if len(values) <= MAX_POINTS else -(-len(values) // (MAX_POINTS // 4))
+    shown: list[int] = []
+    for start in range(0, len(values), size):
+        group = range(start, min(start + size, len(values)))
+        lowest, highest = (choose(group, key=values.__getitem__) for choose in (min, max))
+        shown += sorted({group[0], lowest, highest, group[-1]})
+    return shown
 
 
 def style(axes: Axes, title: str) -> None:
