@@ -9,7 +9,6 @@ Zero-shot top-1 in percent, mean and every seed; samples a second are of the who
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from benchmark_tables import print_table
 from omegaconf import OmegaConf
 
 from clipmini.config import compose
+from clipmini.report.read import read_run
 
 NOTO = "data.train=${paths.sample}/train/noto-*.tar"
 STYLES = ("noto", "fluent", "twemoji")
@@ -61,7 +61,9 @@ class Runs:
         run = self.directory / f"{name}-{seed}"
         given = [*overrides, *self.more, f"seed={seed}", f"name={run.name}", f"paths.output={self.directory}"]
         call("train", *given)
-        self.found.setdefault(name, []).append(Measured(read_scores(run / "results.jsonl"), read_speed(run)))
+        trained = read_run(run)
+        speed = trained.samples / trained.seconds
+        self.found.setdefault(name, []).append(Measured(read_scores(run / "results.jsonl"), speed))
         self.tell(name)
         return run
 
@@ -90,16 +92,6 @@ def read_scores(path: Path) -> dict[str, float]:
     """Read the top-1 of each set that was last measured, in percent."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["dataset"]: 100 * row["metrics"]["acc1"] for row in rows}
-
-
-def read_speed(run: Path) -> float:
-    """Return the samples a second of a whole training."""
-    with open(run / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("throughput/samples_per_second")]
-    steps = [int(row["step"]) for row in rows]
-    counts = [step - before for before, step in zip([0, *steps], steps, strict=False)]
-    rates = [float(row["throughput/samples_per_second"]) for row in rows]
-    return sum(counts) / sum(count / rate for count, rate in zip(counts, rates, strict=True))
 
 
 def tell_all(values: Sequence[float]) -> str:
