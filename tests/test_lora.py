@@ -207,8 +207,8 @@ def test_another_rank_is_another_run(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": -1}, "lora.rank=-1: must be 1 or more, or 0 for none"),
-        ({"alpha": 0.0}, "lora.alpha=0: must be above 0"),
+        ({"rank": -1}, "lora.rank=-1: must be 0 or more"),
+        ({"alpha": 0.0}, "lora.alpha=0.0: must be above 0"),
         ({"image": ["attention"]}, "lora.image: the tower has no layer 'attention'.*: .*attn.out_proj, mlp.c_fc"),
         ({"text": ["c_fc", "x"]}, "lora.text: the tower has no layer 'x'"),
     ],

@@ -211,10 +211,10 @@ def test_weight_too_small_to_be_drawn_is_refused() -> None:
         make_plan(([5], 1.0), ([5], 0.0001))
 
 
-@pytest.mark.parametrize("change", [{"shuffle_streams": 0}, {"shuffle_block": 0}])
-def test_wrong_shuffling_is_refused(change: dict) -> None:
-    with pytest.raises(UserError, match=r"data.shuffle_streams=., data.shuffle_block=.*: must be 1 or more"):
-        make_plan(([5], 1.0), **change)
+@pytest.mark.parametrize("name", ["shuffle_streams", "shuffle_block"])
+def test_wrong_shuffling_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"^data.{name}=0: must be 1 or more$"):
+        make_plan(([5], 1.0), **{name: 0})
 
 
 def test_digest_follows_all_that_decides_the_order() -> None:

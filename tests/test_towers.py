@@ -153,7 +153,7 @@ def test_early_layers_learn_slower(tmp_path: Path) -> None:
     assert learning(model) - shares.keys() == {"visual.proj", "text_projection", "logit_scale"}
     assert decay_learning_rates(model, {"image": 1.0, "text": 1.0}) == {}
     for decay in (0.0, 1.5):
-        with pytest.raises(UserError, match=f"layer_decay.text={decay}: must be above 0 and at most 1"):
+        with pytest.raises(UserError, match=f"layer_decay.text={decay}: must be above 0, up to 1"):
             decay_learning_rates(model, {"image": 1.0, "text": decay})
 
 
