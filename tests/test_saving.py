@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,31 @@ def test_an_error_is_told_in_the_same_interval_and_the_run_goes_on(
     rows = [line.split(",") for line in (directory / "metrics.csv").read_text().splitlines()]
     column = rows[0].index("checkpoint/failures")
     assert [float(row[column]) for row in rows[1:]][-1] == 2 and float(rows[3][column]) == 0
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_one_step_is_saved_once_also_if_that_fails(
+    is_stopped: bool, compose: Compose, tiny_json: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The evaluation saves its best, step 2, at which a checkpoint is due too. Of several processes all must begin it
+    # again, or none, and only the first knows that the write has failed.
+    write_part, attempts = disk.write_part, []
+
+    def full(path: Path, *arguments: Any) -> dict:
+        attempts.append(path.name)
+        if path.name != "step-00000002.ckpt":
+            return write_part(path, *arguments)
+        if is_stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise Full("no space left")
+
+    monkeypatch.setattr(disk, "write_part", full)
+    options = ["checkpoint.retries=0", "evaluation.every_n_steps=2", "evaluation.best_metric=val/loss"]
+    options += [f"data.val={shards}/b.tar", "steps=4"]
+    ends = pytest.raises(UserError, match="^checkpoints cannot be written to ") if is_stopped else nullcontext()
+    with ends:
+        run(compose, tiny_json, shards / "a.tar", tmp_path / "run", *options)
+    assert attempts == (["step-00000002.ckpt"] if is_stopped else ["step-00000002.ckpt", "step-00000004.ckpt"])
 
 
 def test_too_many_failures_end_the_run(

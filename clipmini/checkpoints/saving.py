@@ -73,7 +73,7 @@ class SaveCheckpoints(Callback):
         self.requeue = requeue
         self.agreement = Agreement([STOP, SAVE, GIVE_UP], every_seconds=check_every_seconds)
         self.agreed: set[str] = set()  # what all processes know of without an exchange
-        self.saved_step: int | None = None  # the newest that is saved or being written
+        self.saved_step: int | None = None  # the newest that was begun: all know that, and only the first how it ended
         self.failed_in_a_row = 0
         self.random_states: list[dict[str, Any]] | None = None  # to go back to before the first step
 
@@ -157,7 +157,7 @@ class SaveCheckpoints(Callback):
     # How.
 
     def save(self, trainer: pl.Trainer) -> Path:
-        """Begin to write the checkpoint of this step, once; every rank must call it."""
+        """Begin to write the checkpoint of this step, once, also if that failed; every rank must call it."""
         path = disk.checkpoint_path(self.directory, trainer.global_step)
         if self.saved_step != trainer.global_step:
             with distributed.patient():
@@ -177,7 +177,6 @@ class SaveCheckpoints(Callback):
             self.failed_in_a_row = 0
             return
         self.failed_in_a_row += 1
-        self.saved_step = None
         if not isinstance(error, OSError):
             raise error
         log.error("%s is not saved: %s; the run goes on, and saves again when it is due", path, error)
