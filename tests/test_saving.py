@@ -41,10 +41,15 @@ LIMITS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("name", "value", "limit"),
-    [("every_n_steps", 0, 1), ("keep_last", 1, 2), ("every_n_samples", 0, 1), ("every_n_minutes", 0.0, 0.01)],
+    [
+        ("every_n_steps", 0, "1 or more"),
+        ("keep_last", 1, "2 or more"),
+        ("every_n_samples", 0, "1 or more, or null"),
+        ("every_n_minutes", 0.0, "0.01 or more, or null"),
+    ],
 )
-def test_limits(name: str, value: float, limit: float) -> None:
-    with pytest.raises(UserError, match=f"^checkpoint.{name}={value}: must be {limit} or more$"):
+def test_limits(name: str, value: float, limit: str) -> None:
+    with pytest.raises(UserError, match=f"^checkpoint.{name}={value}: must be {limit}$"):
         SaveCheckpoints(**{**LIMITS, name: value})
 
 
