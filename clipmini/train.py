@@ -4,26 +4,22 @@ import logging
 import multiprocessing
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from clipmini import launch
-from clipmini.annotations import Limits
 from clipmini.blocks import compile_blocks
 from clipmini.checkpoints import disk, resume
 from clipmini.checkpoints.saving import SaveCheckpoints
-from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster import signals
-from clipmini.cluster.hangs import explain_lost_process, record_collectives
-from clipmini.config import build, build_all, check_all, read_node
-from clipmini.console import format_seconds, set_up_logging
+from clipmini.cluster.hangs import record_collectives
+from clipmini.config import build, check_all, read_node
+from clipmini.console import set_up_logging
 from clipmini.curriculum import read_curriculum, size_limits
 from clipmini.data.captions import SAME
 from clipmini.data.loader import ImageTextData
@@ -59,6 +55,7 @@ from clipmini.run_log import describe_data, describe_inputs, log_files, log_head
 from clipmini.sources import EXPORTED, check_tokenizer, load_start
 from clipmini.teacher import Teacher, keep_teacher_features, load_teacher
 from clipmini.towers import decay_learning_rates
+from clipmini.trainer import build_trainer, fit
 
 log = logging.getLogger(__name__)
 
@@ -319,69 +316,6 @@ def build_evaluation(
         best=run / "checkpoints" / disk.BEST,
         weights=options.weights,
     )
-
-
-def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *callbacks: pl.Callback) -> pl.Trainer:
-    """Build Lightning's Trainer with what the launcher, the hardware and the exact order of samples decide.
-
-    Raises:
-        UserError: settings that Lightning refuses, or that would not be exact.
-    """
-    options = cfg.trainer
-    if options.get("accumulate_grad_batches", 1) != 1:
-        raise UserError(
-            f"trainer.accumulate_grad_batches={options.accumulate_grad_batches} would shrink the negatives of the "
-            "contrastive loss to one part of the batch: set micro_batch instead, which does not"
-        )
-    Limits(least=1).check("trainer.log_every_n_steps", options.get("log_every_n_steps"))
-    Limits(least=0).check("trainer.gradient_clip_val", options.get("gradient_clip_val"), float | None)
-    accelerator = launch.choose_accelerator(options.accelerator)
-    launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
-    durable = {name: cfg.checkpoint[name] for name in ("background", "retries", "retry_seconds", "parts_timeout")}
-    try:
-        trainer = build(
-            cfg,
-            "trainer",
-            accelerator=accelerator,
-            devices=processes.local_world_size,
-            num_nodes=processes.num_nodes,
-            strategy=launch.choose_strategy(options.strategy, processes),
-            precision=launch.choose_precision(options.precision, accelerator),
-            max_steps=total_steps,
-            max_epochs=-1,
-            callbacks=[*callbacks, *build_all(cfg, "callbacks")],
-            logger=build_all(cfg, "logger"),
-            plugins=[DurableCheckpointIO(**durable), launch.choose_environment(processes)],
-            default_root_dir=cfg.paths.run,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-    except (MisconfigurationException, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from error
-    launch.take_over_signals(trainer)
-    return trainer
-
-
-def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:
-    """Train from the start or from a checkpoint; a run that is complete only gets its weights back."""
-    if newest and disk.checkpoint_step(newest) >= trainer.max_steps:
-        content = disk.load_checkpoint(newest, verify=False)
-        module.load_state_dict(content["state_dict"])
-        module.on_load_checkpoint(content)
-        log.info("already trained: %s is at the last of %d steps", newest, trainer.max_steps)
-        return
-    if newest:
-        resume.log_resume(newest, trainer.world_size)
-    start = time.perf_counter()
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
-    except RuntimeError as error:
-        explain_lost_process(error, step_timeout)
-        raise
-    log.info("trained in %s", format_seconds(time.perf_counter() - start))
 
 
 def check_second_pass(data: ImageTextData, model: Model) -> None:

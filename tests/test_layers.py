@@ -21,6 +21,7 @@ LAYERS = [
     {"launch", "module", "loggers"},
     {"sources", "callbacks", "training_health", "profiling", "evaluation"},
     {"evaluation_callback", "watch", "export", "kept_features", "locked_features", "teacher", "run_log", "report"},
+    {"trainer"},
     {"train"},
     {"evaluate", "shards", "search"},
     {"cli"},
@@ -28,11 +29,12 @@ LAYERS = [
     {"__main__"},
 ]
 HYDRA = {
-    *("config", "schemas", "hydra_checks", "cli", "train"),
+    *("config", "schemas", "hydra_checks", "cli", "train", "trainer"),
     *("evaluate", "export.run", "shards.command", "check.command"),
 }
 LIGHTNING = {
     *("data.loader", "module", "loggers", "callbacks", "profiling", "evaluation_callback", "launch", "train"),
+    "trainer",
     *("checkpoints.writer", "checkpoints.saving", "cluster.hangs", "cluster.fsdp", "training_health"),
     *("check.command", "check.measure"),
 }

@@ -1,0 +1,85 @@
+"""Lightning's Trainer: how it is built, and how it trains, from the start or from a checkpoint."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from clipmini import launch
+from clipmini.annotations import Limits
+from clipmini.checkpoints import disk, resume
+from clipmini.checkpoints.writer import DurableCheckpointIO
+from clipmini.cluster.hangs import explain_lost_process
+from clipmini.config import build, build_all
+from clipmini.console import format_seconds
+from clipmini.data.loader import ImageTextData
+from clipmini.errors import UserError
+from clipmini.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *callbacks: pl.Callback) -> pl.Trainer:
+    """Build Lightning's Trainer with what the launcher, the hardware and the exact order of samples decide.
+
+    Raises:
+        UserError: settings that Lightning refuses, or that would not be exact.
+    """
+    options = cfg.trainer
+    if options.get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={options.accumulate_grad_batches} would shrink the negatives of the "
+            "contrastive loss to one part of the batch: set micro_batch instead, which does not"
+        )
+    Limits(least=1).check("trainer.log_every_n_steps", options.get("log_every_n_steps"))
+    Limits(least=0).check("trainer.gradient_clip_val", options.get("gradient_clip_val"), float | None)
+    accelerator = launch.choose_accelerator(options.accelerator)
+    launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
+    durable = {name: cfg.checkpoint[name] for name in ("background", "retries", "retry_seconds", "parts_timeout")}
+    try:
+        trainer = build(
+            cfg,
+            "trainer",
+            accelerator=accelerator,
+            devices=processes.local_world_size,
+            num_nodes=processes.num_nodes,
+            strategy=launch.choose_strategy(options.strategy, processes),
+            precision=launch.choose_precision(options.precision, accelerator),
+            max_steps=total_steps,
+            max_epochs=-1,
+            callbacks=[*callbacks, *build_all(cfg, "callbacks")],
+            logger=build_all(cfg, "logger"),
+            plugins=[DurableCheckpointIO(**durable), launch.choose_environment(processes)],
+            default_root_dir=cfg.paths.run,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from error
+    launch.take_over_signals(trainer)
+    return trainer
+
+
+def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:
+    """Train from the start or from a checkpoint; a run that is complete only gets its weights back."""
+    if newest and disk.checkpoint_step(newest) >= trainer.max_steps:
+        content = disk.load_checkpoint(newest, verify=False)
+        module.load_state_dict(content["state_dict"])
+        module.on_load_checkpoint(content)
+        log.info("already trained: %s is at the last of %d steps", newest, trainer.max_steps)
+        return
+    if newest:
+        resume.log_resume(newest, trainer.world_size)
+    start = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    except RuntimeError as error:
+        explain_lost_process(error, step_timeout)
+        raise
+    log.info("trained in %s", format_seconds(time.perf_counter() - start))
