@@ -110,6 +110,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     if newest:
         resume.check_same_model(open_clip_config(module.model), newest)
         resume.check_same_teacher(module.teacher, newest)
+        resume.check_length(total_steps, newest)
     try:
         if cfg.data.cached_features:
             keep_features(module.model, data, processes, **options)

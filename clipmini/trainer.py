@@ -67,11 +67,14 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
 
 
 def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:
-    """Train from the start or from a checkpoint; a run that is complete only gets its weights back."""
-    if newest and disk.checkpoint_step(newest) >= trainer.max_steps:
+    """Train from the start or from a checkpoint; a run that is complete only gets its weights and what it knew back."""
+    if newest and disk.checkpoint_step(newest) == trainer.max_steps:
         content = disk.load_checkpoint(newest, verify=False)
         module.load_state_dict(content["state_dict"])
         module.on_load_checkpoint(content)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if state := content["callbacks"].get(callback.state_key):
+                callback.load_state_dict(state)
         log.info("already trained: %s is at the last of %d steps", newest, trainer.max_steps)
         return
     if newest:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import QUICK, in_processes, make_cache, make_data, make_objective, read_sample, write_tar
+from conftest import QUICK, in_processes, make_cache, make_data, make_objective, read_sample, save_checkpoint, write_tar
 from omegaconf import DictConfig
 from servers import serve
 from test_model import make_model
@@ -19,7 +19,7 @@ from test_one_tower import PICTURES
 from test_zero_shot import make_encoder
 
 from clipmini import train
-from clipmini.checkpoints.disk import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
+from clipmini.checkpoints.disk import checkpoint_path, checkpoint_step, keep_best, list_checkpoints, load_checkpoint
 from clipmini.data.captions import caption_ids
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
@@ -114,6 +114,14 @@ def test_the_best_checkpoint_is_kept_over_a_resume(
     assert {int(step): float(loss) for step, loss in metrics(directory, "val/loss")} == losses
     assert list_checkpoints(directory / "checkpoints") == found
     assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == best
+
+    # Started when all is done, it still knows of a better one.
+    content = load_checkpoint(found[-1])
+    content["callbacks"]["Evaluation"]["best_value"] = 0.0
+    save_checkpoint(content, found[-1])
+    keep_best(found[0])
+    run(compose, tiny_json, shards, tmp_path / "run", *overrides)
+    assert load_checkpoint(directory / "checkpoints/best.ckpt")["global_step"] == checkpoint_step(found[0]) < 6
 
 
 def test_a_checkpoint_that_is_not_saved_is_not_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -120,6 +120,8 @@ def test_a_finished_run_is_not_trained_again(
     run(compose, tiny_json, shards, tmp_path / "run")
     assert (directory / "checkpoints/step-00000004.ckpt").stat().st_mtime_ns == before
     assert "already trained" in (directory / "train.log").read_text()
+    with pytest.raises(UserError, match="step-00000004.ckpt is of step 4, and steps or epochs make the run end at 2: "):
+        run(compose, tiny_json, shards, tmp_path / "run", "steps=2")
 
 
 @pytest.mark.parametrize(

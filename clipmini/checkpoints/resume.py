@@ -75,6 +75,19 @@ def check_same_teacher(now: Any, path: Path) -> None:
         )
 
 
+def check_length(total_steps: int, path: Path) -> None:
+    """Refuse a checkpoint of after the end: what it holds cannot be evaluated and kept as what was trained until then.
+
+    Raises:
+        UserError: it is.
+    """
+    if (step := disk.checkpoint_step(path)) > total_steps:
+        raise UserError(
+            f"{path} is of step {step}, and steps or epochs make the run end at {total_steps}: give {step} steps or "
+            "more, or choose another name="
+        )
+
+
 def log_resume(path: Path, world_size: int) -> None:
     """Say from where the run goes on, and what is not as it was."""
     manifest = disk.read_manifest(path)
