@@ -131,7 +131,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
     fit(trainer, module, data, newest, cfg.timeouts.step)
     log_health(run / "quarantine.jsonl", total_steps * cfg.batch_size)
     export(trainer, module, run)
-    evaluation.evaluate_at_end(trainer, module)
+    evaluate(evaluation, trainer, module)
     log_results(evaluation.rows)
     if processes.rank == 0:
         report_at_end(run)
@@ -172,6 +172,21 @@ def export(trainer: pl.Trainer, module: ClipModule, run: Path) -> None:
         with module.holding(weights), module.whole_model(trainer.strategy.root_device) as model:
             if trainer.is_global_zero:
                 export_open_clip(model, run / EXPORTED[weights])
+
+
+def evaluate(evaluation: Evaluation, trainer: pl.Trainer, module: ClipModule) -> None:
+    """Evaluate what is trained, and end the loggers again, which Lightning did before; every rank must call it.
+
+    Raises:
+        Stopped: a process is asked to stop.
+    """
+    status = "failed"
+    try:
+        evaluation.evaluate_at_end(trainer, module)
+        status = "success"
+    finally:
+        for logger in trainer.loggers:
+            logger.finalize(status)
 
 
 def count_steps(steps: int | None, epochs: float | None, num_samples: int, batch_size: int) -> int:

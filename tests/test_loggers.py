@@ -247,11 +247,17 @@ def test_wandb_itself(shards: Path, tmp_path: Path) -> None:
         assert len(runs) == count and all(run.name.endswith(f"-{run_id}") for run in runs)
 
 
-def test_the_next_run_of_a_process_is_another_one_of_wandb(shards: Path, tmp_path: Path) -> None:
+def test_the_next_run_of_a_process_is_another_one_of_wandb(
+    shards: Path, classification_set: Path, tmp_path: Path
+) -> None:
     given = ["train", "--multirun", *QUICK, "model=vit_tiny", "logger=wandb", "logger.wandb.offline=true", "steps=2"]
+    given += [f"evaluation.datasets=[{classification_set}]", "evaluation.bootstrap_resamples=10"]
     result = run_forked([*given, f"data.train={shards}", "name=sweep", "seed=0,1"], tmp_path)
     assert result.returncode == 0, result.stderr
     for number in "01":
         run = tmp_path / "outputs/sweep" / number
-        (made,) = (run / "wandb").glob("offline-run-*")
-        assert made.name.endswith("-" + (run / "wandb_run_id.txt").read_text().strip())
+        kept = (run / "wandb_run_id.txt").read_text().strip()
+        made = list((run / "wandb").glob("offline-run-*/*.wandb"))
+        assert {path.name for path in made} == {f"run-{kept}.wandb"}
+        content = b"".join(path.read_bytes() for path in made)
+        assert b"train/loss" in content and b"evaluation/" in content
