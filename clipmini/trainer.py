@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
@@ -16,10 +18,27 @@ from clipmini.cluster.hangs import explain_lost_process
 from clipmini.config import build, build_all
 from clipmini.console import format_seconds
 from clipmini.data.loader import ImageTextData
-from clipmini.errors import UserError
+from clipmini.errors import UserError, check_choice
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
+
+# Arguments of Lightning's Trainer that are set here, or that would break what a run promises; and what to do instead.
+INSTEAD = {
+    "max_steps": "is taken from steps or epochs: set one of them",
+    "max_epochs": "is taken from steps or epochs: set one of them",
+    "fast_dev_run": "makes one step and calls that the whole run: set steps=1",
+    "max_time": "ends a run without its last checkpoint: set steps, or have a signal stop it (preemption.*)",
+    "callbacks": "they are those of callbacks.*: add one there",
+    "logger": "they are those of logger.*: add one there",
+    "plugins": "they follow from checkpoint.* and from the launcher: leave it out",
+    "default_root_dir": "is paths.run: set that",
+    "use_distributed_sampler": "the order of samples is a function of the config: leave it out",
+    "enable_checkpointing": "checkpoints are those of callbacks.checkpoint: set checkpoint.*",
+    "enable_progress_bar": "lines of the log tell how far a run is: set trainer.log_every_n_steps",
+    "enable_model_summary": "the log tells what the model is: leave it out",
+    "num_sanity_val_steps": "nothing is validated by Lightning: set evaluation.at_start",
+}
 
 
 def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *callbacks: pl.Callback) -> pl.Trainer:
@@ -29,13 +48,7 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
         UserError: settings that Lightning refuses, or that would not be exact.
     """
     options = cfg.trainer
-    if options.get("accumulate_grad_batches", 1) != 1:
-        raise UserError(
-            f"trainer.accumulate_grad_batches={options.accumulate_grad_batches} would shrink the negatives of the "
-            "contrastive loss to one part of the batch: set micro_batch instead, which does not"
-        )
-    Limits(least=1).check("trainer.log_every_n_steps", options.get("log_every_n_steps"))
-    Limits(least=0).check("trainer.gradient_clip_val", options.get("gradient_clip_val"), float | None)
+    check_options(options)
     accelerator = launch.choose_accelerator(options.accelerator)
     launch.check_processes(processes, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
     durable = {name: cfg.checkpoint[name] for name in ("background", "retries", "retry_seconds", "parts_timeout")}
@@ -64,6 +77,25 @@ def build_trainer(cfg: DictConfig, processes: launch.Launch, total_steps: int, *
         raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from error
     launch.take_over_signals(trainer)
     return trainer
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check what is asked of Lightning's Trainer beyond its own checks.
+
+    Raises:
+        UserError: what is set here, or would break what a run promises.
+    """
+    for name, instead in INSTEAD.items():
+        if options.get(name) is not None:
+            raise UserError(f"trainer.{name}={options[name]}: {instead}")
+    if options.get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={options['accumulate_grad_batches']} would shrink the negatives of the "
+            "contrastive loss to one part of the batch: set micro_batch instead, which does not"
+        )
+    check_choice("trainer.gradient_clip_algorithm", options.get("gradient_clip_algorithm"), (None, "norm"))
+    Limits(least=1).check("trainer.log_every_n_steps", options.get("log_every_n_steps"))
+    Limits(least=0).check("trainer.gradient_clip_val", options.get("gradient_clip_val"), float | None)
 
 
 def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:

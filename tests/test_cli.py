@@ -115,6 +115,8 @@ WRONG_VALUES = [
     (["trainer.devices=2"], "trainer.devices=2: there are 1 processes a node; several devices need a launcher"),
     (["trainer.precision=7"], "trainer: Precision 7 is invalid"),
     (["+trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 would shrink the negatives"),
+    (["+trainer.max_steps=5"], "trainer.max_steps=5: is taken from steps or epochs: set one of them"),
+    (["+trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm=value: is one of null, norm"),
     (["evaluation.datasets=[nowhere]"], "datasets=nowhere: there is no such file or directory"),
     (["steps=null", "epochs=null"], "steps=null and epochs=null: one of them must say how long to train"),
     (["steps=0"], "steps=0, epochs=30.0: less than one step"),

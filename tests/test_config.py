@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 from test_model import make_model
 
-from clipmini import cli, config, launch, schemas, train
+from clipmini import cli, config, launch, schemas, train, trainer
 from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
 from clipmini.one_tower import text_tower
@@ -88,8 +88,24 @@ def test_choice_builds(
         with pytest.raises(UserError, match=rf"logger.{package} needs .*: pip install 'clipmini\[{package}\]'"):
             train.build_trainer(cfg, processes, 10)
         return
-    trainer = train.build_trainer(cfg, processes, 10)
-    assert trainer.max_steps == 10 and trainer.world_size == processes.world_size
+    built = train.build_trainer(cfg, processes, 10)
+    assert built.max_steps == 10 and built.world_size == processes.world_size
+
+
+def test_what_would_not_reach_lightnings_trainer_is_refused(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_here: dict[str, Any] = {}
+
+    def note(cfg: DictConfig, key: str, **runtime: Any) -> Any:
+        set_here.update(runtime)
+        return config.build(cfg, key, **runtime)
+
+    cfg = compose("trainer=cpu", "paths.run=x")
+    monkeypatch.setattr(trainer, "build", note)
+    train.build_trainer(cfg, launch.Launch("none", 1, 1, 0), 10)
+    assert len(set_here) > 5 and set_here.keys() - cfg.trainer.keys() <= trainer.INSTEAD.keys()
+    for name, instead in trainer.INSTEAD.items():
+        with pytest.raises(UserError, match=f"^{re.escape(f'trainer.{name}=1: {instead}')}$"):
+            trainer.check_options({name: 1})
 
 
 @pytest.mark.parametrize(
