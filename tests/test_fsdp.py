@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 from conftest import in_processes, make_head
+from faulty import as_torchrun
 from forked import run_forked
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from runs import final_state, options, run
 from safetensors.torch import load_file
 from test_distillation import TERMS, make_taught_batch
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from clipmini import distributed
 from clipmini.blocks import find_blocks
+from clipmini.checkpoints.writer import DurableCheckpointIO
 from clipmini.cluster.fsdp import FullyShardedStrategy
 from clipmini.lora import add_lora
 from clipmini.model import encode_image
@@ -185,6 +188,25 @@ def test_each_process_keeps_its_part(optimizer: dict[str, Any], tmp_path: Path) 
         assert kept == pytest.approx(kept_alone / 3, rel=0.01)
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+def save_below(file: str) -> tuple[str, int]:
+    """Save a checkpoint in shards where no directory can be made; return how that ended, and how often it was tried."""
+    writer = DurableCheckpointIO(background=True, retries=1, retry_seconds=0, parts_timeout=1)
+    with as_torchrun():
+        strategy = FullyShardedStrategy(world_size=2)
+        strategy.cluster_environment = TorchElasticEnvironment()
+        strategy.checkpoint_io = writer
+        strategy.save_checkpoint({"about": {"parts": 1}}, f"{file}/step-00000001.ckpt")
+    result = writer.take_result()
+    assert result is not None
+    return type(result[1]).__name__, writer.failures
+
+
+def test_a_directory_that_cannot_be_made_fails_one_save_of_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = in_processes(2, save_below, tmp_path, str(tmp_path / "file"))
+    assert found == [("NotADirectoryError", 2), ("NotADirectoryError", 0)]
 
 
 @pytest.fixture(scope="module")

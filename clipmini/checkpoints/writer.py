@@ -79,14 +79,30 @@ class DurableCheckpointIO(CheckpointIO):
         self.committed: Callable[[], object] = lambda: None  # called after each commit, by the thread that writes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Take the state as it is now, and begin to write it; what is still being written is waited for first."""
+        """Take the state as it is now, and begin to write it; what is still being written is waited for first.
+
+        Where each process writes a part, every rank must call it.
+        """
         self.wait()
-        state = self.staging.copy(checkpoint) if self.background else checkpoint
         self.path = Path(path)
+        if checkpoint["about"]["parts"] > 1 and (failure := distributed.from_first(self.begin)) is not None:
+            self.task = Task()
+            self.task.error = failure
+            self.task.done.set()
+            return
+        state = self.staging.copy(checkpoint) if self.background else checkpoint
         write = functools.partial(self.write, state, self.path, distributed.rank())
         self.task = in_thread(write, can_be_left=False)
         if not self.background:
             self.task.done.wait()
+
+    def begin(self) -> OSError | None:
+        """Make the directory that all processes write their parts to; return why there is none: all must know it."""
+        try:
+            self.try_again(self.path, lambda: disk.begin_checkpoint(self.path))
+        except OSError as error:
+            return error
+        return None
 
     def write(self, state: dict[str, Any], path: Path, rank: int) -> None:
         """Write this process's part; the first one also waits for the others' parts and completes the checkpoint."""

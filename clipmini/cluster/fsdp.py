@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from clipmini import distributed
-from clipmini.checkpoints.disk import begin_checkpoint, load_parts
+from clipmini.checkpoints.disk import load_parts
 from clipmini.cluster.sharding import Rows, cut, merge, shard_like, take_local
 from clipmini.errors import UserError
 
@@ -65,7 +65,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         content = take_local(checkpoint).content(self.global_rank)
         about = {**checkpoint["about"], "parts": self.world_size}
-        distributed.from_first(lambda: begin_checkpoint(Path(filepath)))  # before any process writes its part to it
         self.checkpoint_io.save_checkpoint({**content, "about": about}, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
