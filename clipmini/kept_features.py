@@ -64,8 +64,10 @@ def fill(
     shards = list({shard.identity(): shard for source in data.manifest.sources for shard in source.shards}.values())
     if unknown := [shard.path for shard in shards if not shard.version]:
         raise UserError(f"data.train: {what} cannot be kept: nothing tells when the content of {unknown[0]} changes")
-    missing = distributed.all_gather_objects(store.missing(shards))[distributed.rank()]
-    mine = missing[processes.rank % processes.local_world_size :: processes.local_world_size]
+    local_rank = processes.rank % processes.local_world_size
+    # Of one process of a node for all of them: another run may fill the same store meanwhile.
+    missing = distributed.all_gather_objects(store.missing(shards))[processes.rank - local_rank]
+    mine = missing[local_rank :: processes.local_world_size]
     start, turns = time.perf_counter(), max(distributed.all_gather_numbers(len(mine)))[0]
     if missing:
         log.info("computing %s of %d of %d shards, once: %s", what, len(missing), len(shards), store.directory)

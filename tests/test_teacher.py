@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, in_processes, read_sample, write_tar
+from conftest import QUICK, in_processes, make_cache, make_data, read_sample, write_tar
 from forked import run_forked
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,8 @@ from clipmini.data.index import Shard
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.errors import UserError
 from clipmini.export.open_clip_directory import export_open_clip
-from clipmini.kept_features import take_turn
+from clipmini.kept_features import fill, take_turn
+from clipmini.launch import Launch
 from clipmini.model import encode_image, encode_text
 from clipmini.train import train
 
@@ -171,6 +172,21 @@ def ends_of_a_process(by_signal: bool = False) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def test_what_another_run_computes_meanwhile_leaves_no_shard_out(shards: Path, tmp_path: Path) -> None:
+    found = in_processes(2, computed_shards, tmp_path, str(shards), str(tmp_path))
+    assert sorted(name for names in found for name in names) == ["a.tar", "b.tar", "c.tar"]
+
+
+def computed_shards(train: str, directory: str) -> list[str]:
+    """Have two processes of a node compute what is missing, of which the second sees one shard more done."""
+    data, rank, computed = make_data(train, make_cache(Path(directory))), distributed.rank(), []
+    store = FeatureStore(Path(directory) / str(rank))
+    if rank == 1:
+        store.write(data.manifest.sources[0].shards[0], {0: np.ones(2, np.float32)})
+    fill(store, data, Launch("torchrun", 2, 2, rank), lambda shard: computed.append(Path(shard.path).name), "them")
+    return computed
 
 
 def test_what_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
