@@ -232,6 +232,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     import torch._dynamo  # a second that runs without it need not wait for
 
-    torch._dynamo.config.recompile_limit = MAX_COMPILED  # of each forward pass: towers, shapes, training or not
+    # Of each forward pass: towers, shapes, training or not. The name is that of torch 2.6, which newer torch knows too.
+    torch._dynamo.config.cache_size_limit = MAX_COMPILED
     for block in find_blocks(model):
         block.compile()

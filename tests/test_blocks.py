@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from test_model import make_model, write_json
 from torch import Tensor
 
-from clipmini.blocks import MAX_KEPT_LENGTH, Block, KeptAttention, OwnPatchDropout, attend
+from clipmini.blocks import MAX_COMPILED, MAX_KEPT_LENGTH, Block, KeptAttention, OwnPatchDropout, attend, compile_blocks
 from clipmini.data.tokenizer import ClipTokenizer
 from clipmini.model import Model, encode_image, encode_text
 
@@ -137,3 +138,12 @@ def test_patches_are_dropped_as_open_clip_does(tiny_json: Path) -> None:
     expected = open_clip.transformer.PatchDropout(0.5)(tokens)
     assert torch.equal(found, expected) and found.shape == (5, 1 + 4, 3)
     assert torch.equal(ours.visual.patch_dropout.eval()(tokens), tokens)
+
+
+def test_how_often_blocks_are_compiled_is_bounded_in_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_blocks(torch.nn.Identity())
+    assert torch._dynamo.config.cache_size_limit == MAX_COMPILED
+    of_torch_2_6 = SimpleNamespace(cache_size_limit=8)  # it refuses the name of newer ones, recompile_limit
+    monkeypatch.setattr(torch._dynamo, "config", of_torch_2_6)
+    compile_blocks(torch.nn.Identity())
+    assert vars(of_torch_2_6) == {"cache_size_limit": MAX_COMPILED}
