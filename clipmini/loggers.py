@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -63,11 +64,11 @@ class CsvMetrics(Logger):
             row = {**next((old for old in found if int(old["step"]) == row["step"]), {}), **row}
         names = dict.fromkeys([*row, *(name for old in rows for name in old)])
         self.columns = list(names)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        content = io.StringIO(newline="")
+        writer = csv.DictWriter(content, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, content.getvalue().encode())
         return dict(row)
 
     @rank_zero_only

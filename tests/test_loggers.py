@@ -3,6 +3,7 @@
 import csv
 import importlib.machinery
 import importlib.util
+import os
 import sqlite3
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_one_step_in_several_calls_is_one_row(tmp_path: Path) -> None:
     again.log_metrics({"b": 4}, 2)
     rows = [{name: value for name, value in row.items() if value} for row in read(path)]
     assert rows == [{"step": "1", "a": "1"}, {"step": "2", "a": "3", "b": "4"}]
+
+
+def test_the_rows_before_are_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.csv"
+    CsvMetrics(path=str(path)).log_metrics({"a": 1}, 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        CsvMetrics(path=str(path)).log_metrics({"b": 2}, 2)
+    assert read(path) == [{"step": "1", "a": "1"}] and list(tmp_path.iterdir()) == [path]
 
 
 # What is not installed
