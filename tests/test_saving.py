@@ -89,7 +89,8 @@ def test_resumed_equals_uninterrupted(compose: Compose, tiny_json: Path, shards:
     options = ("schedule=constant", "schedule.warmup_steps=0", "data.augmentation.flip=0.5")
     whole = run(compose, tiny_json, shards, tmp_path / "whole", "steps=6", *options)
     parts = run(compose, tiny_json, shards, tmp_path / "parts", "steps=3", *options)
-    run(compose, tiny_json, shards, tmp_path / "parts", "steps=6", "data.num_workers=1", *options)
+    changes = ("data.num_workers=1", "model.grad_checkpointing=true")
+    run(compose, tiny_json, shards, tmp_path / "parts", "steps=6", *changes, *options)
 
     a = check_same(whole, parts, 6)
     assert a["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 6 * 16

@@ -30,6 +30,9 @@ IDENTITY = (
     ),
 )
 
+# But for this, which costs time for memory and computes the same: a run that goes on with less memory may need it.
+MAY_CHANGE = "model.grad_checkpointing"
+
 
 def find_checkpoint(run: Path, config: Mapping[str, Any]) -> Path | None:
     """Return the newest valid checkpoint of a run, the same in all processes, or None if it has none at all.
@@ -106,7 +109,8 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], run: Path) -
     Raises:
         UserError: names each key that differs, with both values.
     """
-    if differences := list_differences(flatten(now), flatten(then), IDENTITY):
+    now, then = ({key: value for key, value in flatten(tree).items() if key != MAY_CHANGE} for tree in (now, then))
+    if differences := list_differences(now, then, IDENTITY):
         raise UserError(
             f"{run} holds a run of another config; choose another name=, or give back: {'; '.join(differences)}"
         )
