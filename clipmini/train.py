@@ -118,7 +118,7 @@ def train_together(cfg: DictConfig, processes: launch.Launch, run: Path) -> None
             keep_teacher_features(teacher, data, processes, **options)
             del teacher
     except Interrupted:
-        stop_before_training(trainer)
+        stop_before_training(trainer, newest)
 
     if processes.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -152,14 +152,14 @@ def describe_run(cfg: DictConfig, trainer: pl.Trainer, module: ClipModule, data:
     }
 
 
-def stop_before_training(trainer: pl.Trainer) -> None:
-    """End a run that was asked to stop before its first step; what has been computed for it stays.
+def stop_before_training(trainer: pl.Trainer, newest: Path | None) -> None:
+    """End a run that was asked to stop before it trains, or goes on from a checkpoint; what has been computed stays.
 
     Raises:
         Stopped: always.
     """
     for saving in find_callbacks(trainer, SaveCheckpoints):
-        saving.stop(0)
+        saving.stop(0 if newest is None else disk.checkpoint_step(newest))
     raise Stopped("stopped before the first step; the same command goes on from there")
 
 

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from forked import run_forked
 from omegaconf import DictConfig
 from test_model import make_model, write_json
 
-from clipmini.errors import UserError
+from clipmini.cluster import signals
+from clipmini.errors import Stopped, UserError
 from clipmini.export.open_clip_directory import export_open_clip
+from clipmini.kept_features import encode_shard
 from clipmini.locked_features import check_locked
 from clipmini.train import train
 
@@ -154,3 +159,19 @@ def test_what_would_be_wrong_is_told(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(compose(*options, "data.cached_features=true", f"paths.run={tmp_path / 'run'}", *overrides))
+
+
+def test_a_resumed_run_that_is_stopped_before_it_trains_is_where_it_was(
+    options: list[str], compose: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_signalled(*arguments: Any, **more: Any) -> dict[int, np.ndarray]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode_shard(*arguments, **more)
+
+    given = [*options, "data.cached_features=true", f"paths.run={tmp_path / 'run'}"]
+    train(compose(*given, "steps=2"))
+    shutil.rmtree(tmp_path / "cache/features")
+    monkeypatch.setattr("clipmini.kept_features.encode_shard", is_signalled)
+    with pytest.raises(Stopped, match="^stopped by SIGTERM at step 2; .*step-00000002.ckpt is saved, the same command"):
+        train(compose(*given))
+    signals.stop_listening()
