@@ -13,12 +13,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from clipmini import launch
 from clipmini.annotations import Limits
 from clipmini.checkpoints import disk, resume
+from clipmini.checkpoints.saving import SaveCheckpoints
 from clipmini.checkpoints.writer import DurableCheckpointIO
+from clipmini.cluster import signals
 from clipmini.cluster.hangs import explain_lost_process
 from clipmini.config import build, build_all
 from clipmini.console import format_seconds
 from clipmini.data.loader import ImageTextData
 from clipmini.errors import UserError, check_choice
+from clipmini.evaluation_callback import find_callbacks
 from clipmini.module import ClipModule
 
 log = logging.getLogger(__name__)
@@ -100,6 +103,8 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Path | None, step_timeout: float) -> None:
     """Train from the start or from a checkpoint; a run that is complete only gets its weights and what it knew back."""
+    if not find_callbacks(trainer, SaveCheckpoints):
+        signals.stop_listening()  # nothing would look at them
     if newest and disk.checkpoint_step(newest) == trainer.max_steps:
         content = disk.load_checkpoint(newest, verify=False)
         module.load_state_dict(content["state_dict"])

@@ -87,6 +87,13 @@ def test_exit_codes(number: signal.Signals, shards: Path, tiny_json: Path, tmp_p
     check_stopped(tmp_path, number.name, goes_on_with=given, processes=1)
 
 
+def test_a_run_without_checkpoints_ends_at_once(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
+    with start_forked(tmp_path, 1, arguments(tiny_json, shards, "callbacks.checkpoint=null")) as process:
+        wait_for_steps(tmp_path, process, 3)
+        os.kill(process.pids[0], signal.SIGTERM)
+        assert process.wait(timeout=100) == [-signal.SIGTERM]
+
+
 def test_ctrl_c_in_the_terminal_of_torchrun(shards: Path, tiny_json: Path, tmp_path: Path) -> None:
     given = arguments(tiny_json, shards, "data.num_workers=1")
     process = start(tmp_path, 2, given)
