@@ -120,6 +120,7 @@ def fit(trainer: pl.Trainer, module: ClipModule, data: ImageTextData, newest: Pa
     try:
         trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     except RuntimeError as error:
-        explain_lost_process(error, step_timeout)
+        if trainer.world_size > 1:
+            explain_lost_process(error, step_timeout)
         raise
     log.info("trained in %s", format_seconds(time.perf_counter() - start))

@@ -3,13 +3,19 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from faulty import callbacks
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
 from runs import options, output, ranks, start, start_forked, wait_for_steps
 
 from clipmini.cluster.hangs import Watchdog, explain_lost_process
 from clipmini.errors import ProcessLost, UserError
+from clipmini.train import train
 
 LONG = 100_000
 TIMEOUTS = ("timeouts.step=8", "timeouts.stacks=3", "data.timeout=5")
@@ -73,6 +79,19 @@ def test_errors_of_collectives_are_told_by_what_they_mean() -> None:
     with pytest.raises(ProcessLost, match="did not answer within timeouts.step=8 seconds.*Connection closed by peer"):
         explain_lost_process(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"), 8)
     explain_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 8)
+
+
+class Fail(Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("CUDA error: the launch timed out and was terminated")
+
+
+def test_one_process_has_no_other_to_lose(
+    compose: Callable[..., DictConfig], shards: Path, tiny_json: Path, tmp_path: Path
+) -> None:
+    given = options(tiny_json, shards, f"paths.run={tmp_path}")
+    with callbacks(Fail()), pytest.raises(RuntimeError, match="^CUDA error: the launch timed out and was terminated$"):
+        train(compose(*given))
 
 
 @pytest.mark.parametrize(("step", "stacks"), [(60.0, 5.0), (61.0, 0.0)])
