@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command not in COMMANDS:
             raise UserError(f"{parsed.command}: no such command{tell_choices(parsed.command, COMMANDS)}")
         code = train_command(parsed.overrides) if parsed.command == "train" else run_command(parsed)
-        sys.stdout.flush()  # at the end of the interpreter it would be too late to tell why that fails
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()  # at the end of the interpreter it would be too late to tell why that fails
         return code
     except BrokenPipeError as error:
         return leave_output(error)

@@ -68,6 +68,8 @@ def test_a_reader_that_has_enough_ends_the_plan(
         with open(writer, "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
             assert cli.main(["shards", "plan", *overrides, f"range={steps}"]) == 141
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    assert cli.main(["shards", "plan", *overrides, "range=1"]) == 0
     assert capsys.readouterr().err == ""
 
 
