@@ -118,6 +118,17 @@ def check_meant(tree: Any, key: str) -> None:
         raise UserError(f"{key} is empty: give it a value")
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def matches(value: Any, hint: Any) -> bool:
     """Say whether a value from yaml is of an annotated type; True for annotations that are no yaml type."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)

@@ -10,6 +10,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipmini.annotations import flatten
 from clipmini.errors import UserError
 from clipmini.targets import Allowed, check_targets
 
@@ -47,21 +48,14 @@ def check_rights(cfg: DictConfig, overrides: Sequence[str]) -> None:
     with contextlib.suppress(OverrideParseException):  # told by Hydra
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if not override.is_delete():
-                given |= list_leaves(override.value(), override.key_or_group).keys()
+                given |= flatten({override.key_or_group: override.value()}).keys()
     for key in COMMAND_LINE_ONLY:
         value = read_raw(cfg, key.split("."))
-        for name, leaf in list_leaves(value, key).items() if value else ():
+        for name, leaf in flatten({key: value} if value else {}).items():
             if name not in given:
                 raise UserError(
                     f"{name}={leaf}: comes from a file; what lets a config run code must be given on the command line"
                 )
-
-
-def list_leaves(tree: Any, key: str) -> dict[str, Any]:
-    """Return what is no mapping, by its whole key."""
-    if not isinstance(tree, Mapping):
-        return {key: tree}
-    return {name: leaf for part, child in tree.items() for name, leaf in list_leaves(child, f"{key}.{part}").items()}
 
 
 def read_raw(node: Any, path: Sequence[str]) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmini import distributed
+from clipmini.annotations import flatten
 from clipmini.checkpoints import disk
 from clipmini.errors import UserError
 from clipmini.redaction import redact
@@ -124,14 +125,3 @@ def list_differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Seq
         if now.get(key) != then.get(key)
         and (names is None or any(key == name or key.startswith(f"{name}.") for name in names))
     ]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from clipmini.checkpoints.resume import IDENTITY, flatten
+from clipmini.annotations import flatten
+from clipmini.checkpoints.resume import IDENTITY
 from clipmini.redaction import redact, redact_command
 
 TASK = "zero-shot-image-classification"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from clipmini.checkpoints.resume import flatten
+from clipmini.annotations import flatten
 from clipmini.evaluation.metrics import paired_bounds
 from clipmini.evaluation.results import HEADINGS, Row, percent
 from clipmini.redaction import redact
