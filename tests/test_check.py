@@ -229,9 +229,9 @@ def test_finds_a_run_of_another_config(tiny_json: Path, shards: Path, tmp_path: 
     given = [*QUICK, f"model.name={tiny_json}", f"data.train={shards}", "name=mine"]
     assert run_here("train", *given).returncode == 0
     assert "goes on from step-" in run_here("check", *given).stdout
-    result = run_here("check", *given, "loss.init_scale=10")
-    assert result.returncode == 2
-    assert re.search(r"name: .*holds a run of another config.*loss.init_scale", read_table(result.stdout)["fail"][0])
+    for override, message in (("loss.init_scale=10", "holds a run of another config"), ("steps=3", "is of step 4, ")):
+        result = run_here("check", *given, override)
+        assert result.returncode == 2 and re.search(f"name: .*{message}", read_table(result.stdout)["fail"][0])
 
 
 def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,8 @@ def build_parts(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         if newest is not None and parts.module is not None:
             resume.check_same_model(open_clip_config(parts.module.model), newest)
             resume.check_same_teacher(parts.module.teacher, newest)
+        if newest is not None and parts.steps is not None:
+            resume.check_length(parts.steps, newest)
         findings.ok(
             "name", f"{cfg.paths.run} is new" if newest is None else f"{cfg.paths.run} goes on from {newest.name}"
         )
