@@ -134,6 +134,7 @@ def test_check_reads_everything_without_a_model(
         ),
         (["model=null"], "model has no value: give it one, as in model=..., or only read the sets by check=true"),
         (["watch=true", "best_metric=seven/acc"], "no such metric (did you mean '"),
+        (["output=/dev/full"], "/dev/full: is no file; output must be a file of results, or new"),
         (["poll_seconds=0"], "poll_seconds=0.0: must be above 0"),
         (["bootstrap_resamples=many"], "bootstrap_resamples: Value 'many' of type 'str' could not be converted"),
         (["architecture=ViT-B-32"], "architecture=ViT-B-32: is for files of weights"),

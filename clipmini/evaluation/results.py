@@ -110,6 +110,8 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UserError(f"{path}: is no file; output must be a file of results, or new")
     rows = []
     for number_of_line, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
