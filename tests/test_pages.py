@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import QUICK
 from forked import run_forked, run_python
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_serve import serving
 
 CHROMIUM = shutil.which("chromium")
@@ -108,9 +108,11 @@ def test_search_with_the_keyboard(made_index: Path, folder: Path, open_page: Cal
     with serving(made_index, "top_k=6") as (address, _):
         page = open_page(address)
         status, results = page.locator("#status"), page.locator("#results button")
-        page.keyboard.type("thing 7")  # the box has the focus
+        page.evaluate("new Promise((see) => requestAnimationFrame(() => requestAnimationFrame(see)))")
+        page.keyboard.type("thing 7")  # the box has the focus, of who sees it: keys before the first frame may be lost
+        expect(page.locator("#query")).to_have_value("thing 7")
         page.keyboard.press("Enter")
-        page.get_by_text("6 nearest to “thing 7”").wait_for()
+        expect(status).to_have_text("6 nearest to “thing 7”", timeout=30_000)
         assert results.count() == 6 and "percentile" in results.first.inner_text()
         page.wait_for_load_state("networkidle")
         assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
