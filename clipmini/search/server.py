@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from clipmini import config, launch
+from clipmini.annotations import Limits
 from clipmini.console import set_up_logging
 from clipmini.data.health import Fault
 from clipmini.data.picture import make_thumbnail
@@ -251,8 +252,7 @@ def check_options(options: dict[str, Any]) -> None:
     Raises:
         UserError: they cannot.
     """
-    if not 1 <= options["top_k"] <= MAX_TOP_K:
-        raise UserError(f"top_k={options['top_k']}: must be from 1 to {MAX_TOP_K}")
+    Limits(least=1, most=MAX_TOP_K).check("top_k", options["top_k"])
     pictures = options["pictures"]
     if pictures is not None and not os.path.isdir(pictures):
         raise UserError(f"pictures={pictures}: there is no such directory{tell_neighbours(pictures)}")
